@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where things are in the guest's physical memory and I/O ports.
+//!
+//! ```text
+//! 0x0000_6000  PVH start info, memory map        port 0x0080  boot progress
+//! 0x0002_0000  command line                      port 0x03f8  16550
+//! 0x000e_0000  ACPI tables                       port 0x0505  pvpanic
+//! 0x0010_0000  the kernel and its memory         port 0x0600  ACPI sleep and reset
+//! 0xc000_0000  PCI memory                        port 0x1000  PCI ports
+//! 0xe000_0000  ECAM, bus 0
+//! 0xfee0_0000  local APICs
+//! 0x1_0000_0000 memory above 3 GiB
+//! ```
+
+use std::iter;
+use std::ops::Range;
+
+use vm_memory::GuestAddress;
+
+/// PVH start info (`struct hvm_start_info`).
+pub const START_INFO: GuestAddress = GuestAddress(0x6000);
+/// The memory map that it points to.
+pub const MEMORY_MAP: GuestAddress = GuestAddress(0x7000);
+/// The kernel command line.
+pub const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
+/// Its greatest length with the final NUL (Linux's `COMMAND_LINE_SIZE`).
+pub const COMMAND_LINE_SIZE: usize = 2048;
+
+/// End of conventional memory; Linux reserves from here to `KERNEL_START`.
+pub const LOW_MEMORY_END: u64 = 0xa_0000;
+/// ACPI tables; the root pointer is the first.
+pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+/// Nothing is loaded below.
+pub const KERNEL_START: u64 = 0x10_0000;
+
+/// Memory ends here and goes on at `HIGH_MEMORY`.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// Memory that did not fit below `LOW_RAM_END`.
+pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
+
+/// Memory BARs of PCI functions.
+pub const PCI_MEMORY: Range<u64> = 0xc000_0000..0xe000_0000;
+/// The configuration space of PCI bus 0.
+pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
+/// Port BARs of PCI functions.
+pub const PCI_PORTS: Range<u16> = 0x1000..0x2000;
+
+/// Local APICs, at the architecture's default address.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+
+/// Three pages that KVM needs on Intel processors without unrestricted guest mode, and one more.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// See `KVM_TSS`.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// Boot progress codes (POST codes on a PC).
+pub const PROGRESS_PORT: u16 = 0x80;
+/// The first serial port.
+pub const SERIAL_PORTS: Range<u16> = 0x3f8..0x400;
+/// pvpanic (QEMU's docs/specs/pvpanic).
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI sleep control, sleep status and reset registers (ACPI 6.5, section 4.8.3.7).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// See `SLEEP_CONTROL_PORT`.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// See `SLEEP_CONTROL_PORT`.
+pub const RESET_PORT: u16 = 0x602;
+/// The value that resets.
+pub const RESET_VALUE: u8 = 1;
+/// The sleep type that stands for S5, power off.
+pub const SLEEP_TYPE_S5: u8 = 5;
+
+/// Memory in the guest's address space: one range, or two around the hole for devices.
+#[must_use]
+pub fn memory_ranges(bytes: u64) -> Vec<Range<u64>> {
+    let low = bytes.min(LOW_RAM_END);
+    let high = bytes.saturating_sub(low);
+    let above = (high > 0).then(|| HIGH_MEMORY..HIGH_MEMORY.saturating_add(high));
+    iter::once(0..low).chain(above).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_around_the_device_hole() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(memory_ranges(GIB), [0..GIB]);
+        assert_eq!(memory_ranges(3 * GIB), [0..3 * GIB]);
+        assert_eq!(memory_ranges(8 * GIB), [0..3 * GIB, 4 * GIB..9 * GIB]);
+    }
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The messages themselves: one enum for requests, one for events.
+
+use serde::{Deserialize, Serialize};
+
+/// Both sides are one binary; the number guards against a stale process after an upgrade.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Position of a file among the descriptors that came with the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIndex(pub u32);
+
+/// What the owner asks of the VMM. Each request is answered by exactly one event:
+/// `Event::Done` or `Event::Failed`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Builds the machine and starts it. The first request, once.
+    Boot(Box<VmConfig>),
+    /// Stops all vCPUs where they are.
+    Pause,
+    /// Lets paused vCPUs go on.
+    Resume,
+    /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
+    Stop,
+}
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// `PROTOCOL_VERSION` of the sender.
+    pub version: u32,
+    /// An open `/dev/kvm`.
+    pub kvm: FileIndex,
+    /// Virtual CPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Kernel and its command line.
+    pub boot: Boot,
+    /// Block devices in order; the first is `/dev/vda`.
+    pub blocks: Vec<Block>,
+    /// Shared file systems.
+    pub filesystems: Vec<Filesystem>,
+    /// The socket device, if any.
+    pub vsock: Option<Vsock>,
+    /// Whether there is a virtio-rng.
+    pub rng: bool,
+    /// What becomes of the serial port.
+    pub console: Console,
+}
+
+/// How the machine boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Boot {
+    /// An uncompressed x86-64 ELF kernel with a PVH note.
+    pub kernel: FileIndex,
+    /// Kernel command line; the VMM adds nothing to it.
+    pub cmdline: String,
+}
+
+/// A virtio-blk device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// Name in logs, and the serial number that the guest sees (20 bytes at most).
+    pub id: String,
+    /// The backing file, raw.
+    pub file: FileIndex,
+    /// Writes are refused by the device itself.
+    pub read_only: bool,
+}
+
+/// A virtio-fs device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filesystem {
+    /// Mount tag, 36 bytes at most.
+    pub tag: String,
+    /// An open directory: the root of what the guest sees.
+    pub directory: FileIndex,
+    /// Writes are refused by the server.
+    pub read_only: bool,
+    /// How long the guest may trust what it has seen.
+    pub cache: FsCache,
+}
+
+/// How a guest caches a shared file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum FsCache {
+    /// Not at all. For directories that both sides change and compare.
+    Never,
+    /// Names and attributes for a second, data until the file is seen changed.
+    #[default]
+    Auto,
+    /// Until the guest forgets. Only for a tree that nobody but this guest changes.
+    Always,
+}
+
+/// The virtio-vsock device, hybrid: Unix sockets on the host's side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vsock {
+    /// The guest's context ID, 3 or more.
+    pub cid: u32,
+    /// A listening Unix stream socket; a client writes `CONNECT port\n` and reads `OK port\n`.
+    pub listener: FileIndex,
+}
+
+/// The 16550 at port 0x3f8. The last lines that the guest wrote are kept in every case.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Console {
+    /// Kept for error messages only.
+    Quiet,
+    /// Also written to this file as it comes.
+    File(FileIndex),
+}
+
+/// What the VMM tells its owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The request was carried out.
+    Done,
+    /// The request failed; the text is the whole chain of causes, naming the object.
+    Failed(String),
+    /// The machine came to this point.
+    Milestone {
+        /// Which point.
+        milestone: Milestone,
+        /// `CLOCK_MONOTONIC` in microseconds, taken where it happened.
+        at_us: u64,
+    },
+    /// A guest process connected to a host port (CID 2). The packet holds the host's end of the
+    /// stream; to refuse, close it.
+    Connection {
+        /// The port that the guest asked for.
+        port: u32,
+    },
+    /// The VM is gone. The last event; the process ends after it.
+    Exited {
+        /// Why.
+        reason: ExitReason,
+        /// The last that the guest wrote to its console (16 KiB at most), lossy UTF-8.
+        console: String,
+    },
+}
+
+/// Points of a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Milestone {
+    /// The VMM process began.
+    ProcessStart,
+    /// KVM made the VM, its memory and its vCPUs.
+    VmCreated,
+    /// The kernel is in memory.
+    KernelLoaded,
+    /// The first vCPU enters the guest.
+    FirstInstruction,
+    /// PID 1 of the guest wrote its code to the progress port.
+    Init,
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// `Request::Stop`, or the owner closed the channel.
+    Stopped,
+    /// The guest powered off.
+    Shutdown,
+    /// The guest asked for a reboot; this VMM never reboots in place.
+    Reboot,
+    /// A fault that the guest's kernel could not handle.
+    TripleFault,
+    /// The guest's kernel panicked.
+    Panic,
+    /// KVM or the host failed; the text says how.
+    Failure(String),
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The control protocol between the VMM process and whoever started it.
+//!
+//! Plain serializable data over a `SOCK_SEQPACKET` Unix socket, one message a packet, files as
+//! `SCM_RIGHTS` beside it. Messages name files by their index among the packet's descriptors and
+//! never hold a path: the VMM lives in an empty root.
+
+mod channel;
+mod message;
+
+pub use channel::{Channel, ChannelError};
+pub use message::{
+    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Milestone,
+    PROTOCOL_VERSION, Request, VmConfig, Vsock,
+};

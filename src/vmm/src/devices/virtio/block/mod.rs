@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+//! virtio-blk (virtio 1.2, section 5.2): a raw file as a disk. The format is always raw and never
+//! guessed: a guest could write another format's header.
+
+mod device;
+mod request;
+#[cfg(test)]
+mod tests;
+
+pub use device::{BlockDevice, BlockError};

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One request (virtio 1.2, section 5.2.6): a header that the device reads, data, and a status
+//! byte that it writes. The header is copied once and only the copy is looked at; data goes
+//! between file and guest memory with no copy between.
+
+use std::fs::File;
+use std::io;
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+
+use super::device::MAX_BUFFERS;
+use crate::devices::virtio::DeviceFault;
+use crate::sys::vectored;
+
+/// Bytes of a sector, the unit of all addresses.
+pub(super) const SECTOR: u64 = 512;
+/// Bytes of the serial number that GET_ID answers with.
+pub(super) const SERIAL_LEN: usize = 20;
+
+const HEADER: usize = 16;
+
+/// Request types.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+/// Status values.
+pub(super) const OK: u8 = 0;
+pub(super) const IO_ERROR: u8 = 1;
+pub(super) const UNSUPPORTED: u8 = 2;
+
+/// What requests work on.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) file: File,
+    pub(super) sectors: u64,
+    pub(super) read_only: bool,
+    pub(super) serial: [u8; SERIAL_LEN],
+}
+
+/// Buffers of guest memory in the driver's order.
+#[derive(Debug, Default)]
+struct Buffers<'a>(Vec<VolatileSlice<'a>>);
+
+/// A request's outcome: its status, and the bytes written to the guest before the status byte.
+type Outcome = Result<usize, u8>;
+
+impl Disk {
+    /// Serves the request in `chain` and returns the bytes written to guest memory.
+    ///
+    /// Fails only when the driver left no byte for the status, or memory that isn't there: no
+    /// answer is possible then.
+    pub(super) fn serve(
+        &self,
+        memory: &GuestMemoryMmap,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        write_through: bool,
+    ) -> Result<u32, DeviceFault> {
+        let (mut readable, mut writable) = buffers(memory, chain)?;
+        let status = writable.take_last_byte();
+        let status = status.ok_or(DeviceFault::Driver("a request has no status byte"))?;
+        let outcome = match readable.take_header() {
+            Some(header) => self.run(header, readable, writable, write_through),
+            None => Err(IO_ERROR),
+        };
+        let (code, written) = match outcome {
+            Ok(written) => (OK, written),
+            Err(code) => (code, 0),
+        };
+        let stored = status.write_obj(code, 0);
+        stored.map_err(|_| DeviceFault::Driver("a status byte lies outside of memory"))?;
+        Ok(u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX))
+    }
+
+    fn run(
+        &self,
+        header: [u8; HEADER],
+        readable: Buffers<'_>,
+        writable: Buffers<'_>,
+        write_through: bool,
+    ) -> Outcome {
+        let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            IN => {
+                let (offset, len) = self.range(sector, &writable)?;
+                self.transfer(writable, offset, vectored::read_at)?;
+                Ok(len)
+            }
+            OUT if self.read_only => Err(IO_ERROR),
+            OUT => {
+                let (offset, _) = self.range(sector, &readable)?;
+                self.transfer(readable, offset, vectored::write_at)?;
+                if write_through {
+                    self.flush()?;
+                }
+                Ok(0)
+            }
+            FLUSH => self.flush().map(|()| 0),
+            GET_ID => Ok(writable.write(&self.serial)),
+            _ => Err(UNSUPPORTED),
+        }
+    }
+
+    /// Where on the disk a transfer of all of `buffers` lies, if it does.
+    fn range(&self, sector: u64, buffers: &Buffers<'_>) -> Result<(u64, usize), u8> {
+        let len = buffers.len();
+        let sectors = u64::try_from(len).map_err(|_| IO_ERROR)?;
+        if !sectors.is_multiple_of(SECTOR) {
+            return Err(IO_ERROR);
+        }
+        let end = sector.checked_add(sectors / SECTOR).ok_or(IO_ERROR)?;
+        if end > self.sectors {
+            return Err(IO_ERROR);
+        }
+        Ok((sector.checked_mul(SECTOR).ok_or(IO_ERROR)?, len))
+    }
+
+    fn transfer(
+        &self,
+        mut buffers: Buffers<'_>,
+        mut offset: u64,
+        call: impl Fn(&File, &[VolatileSlice<'_>], u64) -> io::Result<usize>,
+    ) -> Result<(), u8> {
+        while !buffers.0.is_empty() {
+            // None at all: the file has become shorter than the disk.
+            let done = match call(&self.file, &buffers.0, offset) {
+                Ok(done) if done > 0 => done,
+                _ => return Err(IO_ERROR),
+            };
+            buffers.skip(done);
+            let step = u64::try_from(done).unwrap_or(u64::MAX);
+            offset = offset.saturating_add(step);
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), u8> {
+        self.file.sync_data().map_err(|_| IO_ERROR)
+    }
+}
+
+/// The chain's buffers, those to read and those to write.
+fn buffers<'a>(
+    memory: &'a GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+) -> Result<(Buffers<'a>, Buffers<'a>), DeviceFault> {
+    let outside = |_| DeviceFault::Driver("a buffer lies outside of memory");
+    let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+    for descriptor in chain {
+        let (list, access) = if descriptor.is_write_only() {
+            (&mut writable, Permissions::Write)
+        } else if writable.0.is_empty() {
+            (&mut readable, Permissions::Read)
+        } else {
+            // Section 2.7.4.2.
+            return Err(DeviceFault::Driver("a buffer to read follows one to write"));
+        };
+        let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+        let slices = memory.get_slices(descriptor.addr(), len, access);
+        for slice in slices.map_err(outside)? {
+            let slice = slice.map_err(outside)?;
+            if !slice.is_empty() {
+                list.0.push(slice);
+            }
+        }
+        if list.0.len() > MAX_BUFFERS {
+            return Err(DeviceFault::Driver("a request has too many buffers"));
+        }
+    }
+    Ok((readable, writable))
+}
+
+impl<'a> Buffers<'a> {
+    fn len(&self) -> usize {
+        let lens = self.0.iter().map(VolatileSlice::len);
+        lens.fold(0, usize::saturating_add)
+    }
+
+    /// Copies the header out of the front, however the driver has cut it.
+    fn take_header(&mut self) -> Option<[u8; HEADER]> {
+        if self.len() < HEADER {
+            return None;
+        }
+        let mut header = [0; HEADER];
+        let mut at = header.iter_mut();
+        for slice in &self.0 {
+            let mut part = vec![0_u8; slice.len().min(at.len())];
+            slice.read_slice(&mut part, 0).ok()?;
+            // In this order: `zip` asks the first for one more than it uses.
+            for (from, to) in part.into_iter().zip(at.by_ref()) {
+                *to = from;
+            }
+        }
+        self.skip(HEADER);
+        Some(header)
+    }
+
+    /// Splits the last byte off.
+    fn take_last_byte(&mut self) -> Option<VolatileSlice<'a>> {
+        let last = self.0.pop()?;
+        let (data, byte) = last.split_at(last.len().checked_sub(1)?).ok()?;
+        if !data.is_empty() {
+            self.0.push(data);
+        }
+        Some(byte)
+    }
+
+    /// Drops `count` bytes from the front.
+    fn skip(&mut self, mut count: usize) {
+        let mut whole = 0_usize;
+        for slice in &mut self.0 {
+            if slice.len() > count {
+                if let Ok(rest) = slice.offset(count) {
+                    *slice = rest;
+                }
+                break;
+            }
+            count = count.saturating_sub(slice.len());
+            whole = whole.saturating_add(1);
+        }
+        self.0.drain(..whole);
+    }
+
+    /// Writes as much of `bytes` as there is room for.
+    fn write(&self, mut bytes: &[u8]) -> usize {
+        let mut written = 0_usize;
+        for slice in &self.0 {
+            let (now, later) = bytes.split_at(slice.len().min(bytes.len()));
+            slice.copy_from(now);
+            written = written.saturating_add(now.len());
+            bytes = later;
+        }
+        written
+    }
+}

@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One stream between a guest's socket and a host's.
+//!
+//! The two directions are not alike. What the guest sends arrives when the guest likes and is
+//! written to the host's socket at once, or kept until that socket has room again; the window
+//! bounds it. What the host sends stays in its socket until it is this stream's turn, the guest
+//! has granted room for it and has buffers; so nothing of it is ever kept here.
+
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
+use vmm_sys_util::epoll::EventSet;
+
+use super::HOST_CID;
+use super::backlog::Backlog;
+use super::credit::{Grant, Window};
+use super::packet::{Buffers, Closed, Header, Operation, TYPE_STREAM};
+use super::queues::{ReceiveBuffer, Receiver};
+use crate::devices::virtio::DeviceFault;
+use crate::sys::vectored;
+
+/// The most bytes that a stream moves to the guest in one turn.
+const MAX_TURN: u32 = 64 * 1024;
+
+/// The most buffers of the guest that one turn fills.
+const MAX_BUFFERS: usize = 64;
+
+/// What a stream is known by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Ports {
+    pub(super) host: u32,
+    pub(super) guest: u32,
+}
+
+/// Where a stream is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The host has asked for it; the guest does not know yet.
+    Requesting,
+    /// The guest has been asked.
+    Requested,
+    /// The guest has asked for it, and the host has it; the guest does not know yet.
+    Responding,
+    Open,
+    /// For the guest it is over; the host has yet to take the last bytes.
+    Draining,
+}
+
+/// What becomes of a stream after an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It goes on.
+    Lives,
+    /// The guest must be told by RST; nothing is left to do.
+    Reset,
+    /// The guest must be told by RST, but the host has yet to take the last bytes.
+    ResetAndDrain,
+    /// Nothing is left to do, and the guest knows.
+    Gone,
+}
+
+/// What a stream has for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    Control(Operation),
+    Data,
+}
+
+/// How a turn went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Something was done, and there may be more.
+    Taken,
+    /// The guest has no buffer for it.
+    Starved,
+    /// As `Fate::Reset`.
+    Reset,
+}
+
+/// A stream.
+#[derive(Debug)]
+pub(super) struct Connection {
+    ports: Ports,
+    guest_cid: u64,
+    stream: OwnedFd,
+    phase: Phase,
+    grant: Grant,
+    window: Window,
+    backlog: Backlog,
+    /// What the guest has closed.
+    guest_closed: Closed,
+    /// What the host has closed, as its end of the stream shows.
+    host_closed: Closed,
+    /// What of `host_closed` the guest has been told.
+    announced: Closed,
+    /// The host's socket may have bytes or its end for us.
+    readable: bool,
+    /// The guest wants to know its credit.
+    credit_wanted: bool,
+    /// We have asked the guest for credit and not got any since.
+    credit_asked: bool,
+    /// It stands in line for a turn.
+    pub(super) in_line: bool,
+    /// The events of the host's socket that are being waited for.
+    pub(super) watched: EventSet,
+}
+
+impl Connection {
+    /// A stream that a host program asks the guest for.
+    pub(super) fn to_guest(ports: Ports, guest_cid: u64, stream: OwnedFd, window: u32) -> Self {
+        Self::new(ports, guest_cid, stream, window, Phase::Requesting)
+    }
+
+    /// A stream that the guest asked for and the host took.
+    pub(super) fn from_guest(
+        request: &Header,
+        ports: Ports,
+        guest_cid: u64,
+        stream: OwnedFd,
+        window: u32,
+    ) -> Self {
+        let mut connection = Self::new(ports, guest_cid, stream, window, Phase::Responding);
+        connection.grant.update(request.buf_alloc, request.fwd_cnt);
+        connection
+    }
+
+    fn new(ports: Ports, guest_cid: u64, stream: OwnedFd, window: u32, phase: Phase) -> Self {
+        Self {
+            ports,
+            guest_cid,
+            stream,
+            phase,
+            grant: Grant::default(),
+            window: Window::new(window),
+            backlog: Backlog::default(),
+            guest_closed: Closed::default(),
+            host_closed: Closed::default(),
+            announced: Closed::default(),
+            readable: false,
+            credit_wanted: false,
+            credit_asked: false,
+            in_line: false,
+            watched: EventSet::empty(),
+        }
+    }
+
+    pub(super) fn ports(&self) -> Ports {
+        self.ports
+    }
+
+    /// Whether the guest has not yet answered the request for this stream.
+    pub(super) fn is_pending(&self) -> bool {
+        matches!(self.phase, Phase::Requesting | Phase::Requested)
+    }
+
+    /// Whether there is something for the guest.
+    pub(super) fn has_work(&self) -> bool {
+        self.due() != Due::Nothing
+    }
+
+    /// The events of the host's socket that matter now. Each comes once (edge-triggered), as `readable`
+    /// remembers; room to write matters only while something waits for it.
+    pub(super) fn interest(&self) -> EventSet {
+        let always = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        if self.backlog.is_empty() {
+            always
+        } else {
+            always | EventSet::OUT
+        }
+    }
+
+    /// Ends a stream for a reason of our own; whether the guest must be told.
+    pub(super) fn abandon(&self) -> Fate {
+        match self.phase {
+            Phase::Requesting | Phase::Draining => Fate::Gone,
+            Phase::Requested | Phase::Responding | Phase::Open => Fate::Reset,
+        }
+    }
+
+    /// A header to the guest, with all but its length.
+    pub(super) fn header(&mut self, operation: Operation) -> Header {
+        let (buf_alloc, fwd_cnt) = self.window.announce();
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: self.ports.host,
+            dst_port: self.ports.guest,
+            socket_type: TYPE_STREAM,
+            buf_alloc,
+            fwd_cnt,
+            ..Header::default()
+        }
+        .with_operation(operation)
+    }
+
+    /// Takes a packet from the guest.
+    pub(super) fn receive(
+        &mut self,
+        operation: Operation,
+        header: &Header,
+        data: &Buffers<'_>,
+    ) -> Fate {
+        self.grant.update(header.buf_alloc, header.fwd_cnt);
+        if self.grant.available() > 0 {
+            self.credit_asked = false;
+        }
+        match (operation, self.phase) {
+            (Operation::Reset, _) => Fate::Gone,
+            (Operation::Response, Phase::Requested) => self.established(),
+            (Operation::ReadWrite, Phase::Open) => self.take_data(data),
+            (Operation::Shutdown, Phase::Open) => {
+                self.guest_closes(Closed::from_flags(header.flags))
+            }
+            (Operation::CreditUpdate, Phase::Open) => Fate::Lives,
+            (Operation::CreditRequest, Phase::Open) => {
+                self.credit_wanted = true;
+                Fate::Lives
+            }
+            _ => Fate::Reset,
+        }
+    }
+
+    fn established(&mut self) -> Fate {
+        self.phase = Phase::Open;
+        let answer = format!("OK {}\n", self.ports.host);
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        // The first bytes on this socket: they fit, or the host is gone.
+        match send(&self.stream, answer.as_bytes(), flags) {
+            Ok(sent) if sent == answer.len() => Fate::Lives,
+            _ => Fate::Reset,
+        }
+    }
+
+    fn take_data(&mut self, data: &Buffers<'_>) -> Fate {
+        let Ok(len) = u32::try_from(data.len()) else {
+            return Fate::Reset;
+        };
+        if self.guest_closed.send || !self.window.receive(len) {
+            return Fate::Reset;
+        }
+        if self.host_closed.receive {
+            // The guest could not know yet; the bytes have nowhere to go.
+            self.window.forward(len);
+            return Fate::Lives;
+        }
+        let mut sent = 0;
+        if self.backlog.is_empty() && len > 0 {
+            match vectored::send(&self.stream, data.slices()) {
+                Ok(count) => sent = count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => {
+                    self.window.forward(len);
+                    self.host_stopped_reading();
+                    return Fate::Lives;
+                }
+            }
+        }
+        self.forwarded(sent);
+        if sent < data.len() {
+            self.backlog.push_guest(data.slices(), sent);
+        }
+        Fate::Lives
+    }
+
+    fn forwarded(&mut self, count: usize) {
+        self.window
+            .forward(u32::try_from(count).unwrap_or(u32::MAX));
+    }
+
+    fn host_stopped_reading(&mut self) {
+        let lost = self.backlog.clear();
+        self.forwarded(lost);
+        self.host_closed.receive = true;
+    }
+
+    fn guest_closes(&mut self, closed: Closed) -> Fate {
+        self.guest_closed = self.guest_closed.and(closed);
+        if self.guest_closed == Closed::BOTH {
+            if self.backlog.is_empty() {
+                return Fate::Reset;
+            }
+            self.phase = Phase::Draining;
+            return Fate::ResetAndDrain;
+        }
+        if closed.receive {
+            // From now on the host's writes fail, as they would on any closed socket.
+            self.shutdown(Shutdown::Read);
+        }
+        if closed.send && self.backlog.is_empty() {
+            self.shutdown(Shutdown::Write);
+        }
+        Fate::Lives
+    }
+
+    fn shutdown(&self, half: Shutdown) {
+        // It fails only if the host has closed its end, which the stream will show by itself.
+        let _ = shutdown(&self.stream, half);
+    }
+
+    /// Takes note of what happened to the host's socket.
+    pub(super) fn on_host_event(&mut self, event: EventSet) -> Fate {
+        let ended = EventSet::HANG_UP | EventSet::ERROR;
+        if event.intersects(EventSet::IN | EventSet::READ_HANG_UP | ended) {
+            self.readable = true;
+        }
+        if event.intersects(ended) {
+            if self.is_pending() {
+                return self.abandon();
+            }
+            if self.host_closed.send {
+                self.host_closed.receive = true;
+            }
+            if self.guest_closed.receive {
+                // Nobody will read up to the end, so this is the end.
+                self.host_closed = Closed::BOTH;
+            }
+        }
+        if event.intersects(EventSet::OUT | ended) {
+            return self.flush();
+        }
+        Fate::Lives
+    }
+
+    /// Asks the host's socket, whose end was just seen, whether that is the end of both
+    /// directions: the guest then hears of both at once.
+    fn has_hung_up(&self) -> bool {
+        let mut socket = [PollFd::new(&self.stream, PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut socket, Some(&now)).is_ok()
+            && socket
+                .iter()
+                .any(|socket| socket.revents().contains(PollFlags::HUP))
+    }
+
+    /// Writes the backlog to the host.
+    fn flush(&mut self) -> Fate {
+        while !self.backlog.is_empty() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match send(&self.stream, self.backlog.bytes(), flags) {
+                Ok(count) => {
+                    self.backlog.pop(count);
+                    self.forwarded(count);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Fate::Lives,
+                Err(_) => {
+                    self.host_stopped_reading();
+                }
+            }
+            if self.backlog.is_empty() && self.guest_closed.send {
+                self.shutdown(Shutdown::Write);
+            }
+        }
+        if self.phase == Phase::Draining {
+            Fate::Gone
+        } else {
+            Fate::Lives
+        }
+    }
+
+    fn due(&self) -> Due {
+        match self.phase {
+            Phase::Requesting => return Due::Control(Operation::Request),
+            Phase::Responding => return Due::Control(Operation::Response),
+            Phase::Requested | Phase::Draining => return Due::Nothing,
+            Phase::Open => {}
+        }
+        if self.announced != self.host_closed {
+            return Due::Control(Operation::Shutdown);
+        }
+        if self.readable && !self.host_closed.send && !self.guest_closed.receive {
+            if self.grant.available() > 0 {
+                return Due::Data;
+            }
+            if !self.credit_asked {
+                return Due::Control(Operation::CreditRequest);
+            }
+        }
+        if self.credit_wanted || self.window.update_due() {
+            return Due::Control(Operation::CreditUpdate);
+        }
+        Due::Nothing
+    }
+
+    /// Sends the guest one packet of control, or a bounded amount of data.
+    pub(super) fn take_turn(
+        &mut self,
+        receiver: &mut Receiver<'_, '_>,
+    ) -> Result<Turn, DeviceFault> {
+        match self.due() {
+            Due::Nothing => Ok(Turn::Taken),
+            Due::Control(operation) => self.send_control(operation, receiver),
+            Due::Data => self.send_data(receiver),
+        }
+    }
+
+    fn send_control(
+        &mut self,
+        operation: Operation,
+        receiver: &mut Receiver<'_, '_>,
+    ) -> Result<Turn, DeviceFault> {
+        let Some(buffer) = receiver.next()? else {
+            return Ok(Turn::Starved);
+        };
+        let mut header = self.header(operation);
+        self.credit_wanted = false;
+        match operation {
+            Operation::Request => self.phase = Phase::Requested,
+            Operation::Response => self.phase = Phase::Open,
+            Operation::CreditRequest => self.credit_asked = true,
+            Operation::Shutdown => {
+                header.flags = self.host_closed.flags();
+                self.announced = self.host_closed;
+            }
+            Operation::Reset | Operation::ReadWrite | Operation::CreditUpdate => {}
+        }
+        receiver.deliver(&buffer, &header)?;
+        Ok(Turn::Taken)
+    }
+
+    /// Reads from the host's socket right into the guest's buffers: as many as the guest's credit
+    /// and the turn allow, by one system call.
+    fn send_data(&mut self, receiver: &mut Receiver<'_, '_>) -> Result<Turn, DeviceFault> {
+        let allowed = self.grant.available().min(MAX_TURN);
+        let allowed = usize::try_from(allowed).unwrap_or_default();
+        let mut buffers = Vec::with_capacity(MAX_BUFFERS);
+        let mut slices = Vec::with_capacity(MAX_BUFFERS);
+        let mut room: usize = 0;
+        while room < allowed && buffers.len() < MAX_BUFFERS {
+            let Some(buffer) = receiver.next()? else {
+                break;
+            };
+            for slice in buffer.data() {
+                let here = allowed.saturating_sub(room).min(slice.len());
+                if let Ok(part) = slice.subslice(0, here) {
+                    slices.push(part);
+                    room = room.saturating_add(here);
+                }
+            }
+            buffers.push(buffer);
+        }
+        if buffers.is_empty() {
+            return Ok(Turn::Starved);
+        }
+        let count = match vectored::receive(&self.stream, &slices) {
+            Ok(count) => count,
+            Err(error) => {
+                receiver.give_back(buffers.len());
+                if error.kind() != ErrorKind::WouldBlock {
+                    return Ok(Turn::Reset);
+                }
+                self.readable = false;
+                return Ok(Turn::Taken);
+            }
+        };
+        if count == 0 {
+            receiver.give_back(buffers.len());
+            self.host_closed.send = true;
+            self.host_closed.receive |= self.has_hung_up();
+            return Ok(Turn::Taken);
+        }
+        self.deliver_data(count, &buffers, receiver)?;
+        Ok(Turn::Taken)
+    }
+
+    fn deliver_data(
+        &mut self,
+        count: usize,
+        buffers: &[ReceiveBuffer<'_>],
+        receiver: &mut Receiver<'_, '_>,
+    ) -> Result<(), DeviceFault> {
+        let mut left = count;
+        let mut filled: usize = 0;
+        for buffer in buffers {
+            let here = left.min(buffer.room());
+            if here == 0 {
+                break;
+            }
+            left = left.saturating_sub(here);
+            filled = filled.saturating_add(1);
+            let mut header = self.header(Operation::ReadWrite);
+            header.len = u32::try_from(here).unwrap_or(u32::MAX);
+            self.grant.sent(header.len);
+            receiver.deliver(buffer, &header)?;
+        }
+        self.credit_wanted = false;
+        receiver.give_back(buffers.len().saturating_sub(filled));
+        Ok(())
+    }
+}
+
+impl AsRawFd for Connection {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Builds a machine, in the order that KVM wants: VM and interrupt controller, memory, vCPUs,
+//! then what they find.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use fuse_server::{Cache, Options};
+use kvm_ioctls::VcpuFd;
+use vm_memory::GuestMemoryMmap;
+
+use super::vcpu::{Buses, Vcpus};
+use super::{Machine, MachineError, MachineEvents};
+use crate::arch::x86_64::acpi::Tables;
+use crate::arch::x86_64::kernel::Kernel;
+use crate::arch::x86_64::vcpu::CpuModel;
+use crate::arch::x86_64::{layout, pvh};
+use crate::bus::{Bus, BusDevice};
+use crate::control::{Boot, Console, ExitReason, FileIndex, FsCache, Milestone, VmConfig};
+use crate::devices::virtio::block::BlockDevice;
+use crate::devices::virtio::fs::{Fs, FsConfig, open_file_quota};
+use crate::devices::virtio::rng::RngDevice;
+use crate::devices::virtio::vsock::{ConnectionSink, Vsock};
+use crate::devices::virtio::{GuestMemory, VirtioDevice, VirtioPciFunction};
+use crate::devices::{GuestEvents, PowerPorts, ProgressPort, PvPanic, SerialPort};
+use crate::interrupt::{Doorbells, MsiController};
+use crate::kvm::{MAX_VCPUS, Vm, VmError};
+use crate::memory;
+use crate::pci::{BarKind, PciBus, PciFunction, Slot};
+
+/// A Linux kernel does not get far with less.
+const MINIMUM_MIB: u32 = 32;
+
+/// The files that came with a message, each to be taken once.
+#[derive(Debug)]
+pub struct Files(Vec<Option<OwnedFd>>);
+
+impl Files {
+    /// Files in the message's order.
+    #[must_use]
+    pub fn new(files: Vec<OwnedFd>) -> Self {
+        Self(files.into_iter().map(Some).collect())
+    }
+
+    fn take(&mut self, index: FileIndex) -> Result<OwnedFd, MachineError> {
+        let slot = usize::try_from(index.0).ok();
+        let slot = slot.and_then(|slot| self.0.get_mut(slot));
+        slot.and_then(Option::take)
+            .ok_or(MachineError::File(index.0))
+    }
+}
+
+impl Machine {
+    /// Builds the machine that `config` describes; its vCPUs wait for `resume`.
+    ///
+    /// # Errors
+    /// See `MachineError`.
+    pub fn build(
+        config: &VmConfig,
+        files: &mut Files,
+        events: &Arc<dyn MachineEvents>,
+    ) -> Result<Self, MachineError> {
+        let memory_mib = config.memory_mib;
+        if memory_mib < MINIMUM_MIB {
+            let minimum_mib = MINIMUM_MIB;
+            return Err(MachineError::MemorySize {
+                minimum_mib,
+                memory_mib,
+            });
+        }
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(VmError::VcpuCount(config.vcpus).into());
+        }
+        let vm = Vm::new(files.take(config.kvm)?)?;
+        let bytes = u64::from(memory_mib) << 20;
+        let memory = memory::allocate(&layout::memory_ranges(bytes))?;
+        vm.add_memory(&memory)?;
+        let mut vcpus = Vec::new();
+        for id in 0..config.vcpus {
+            vcpus.push(vm.create_vcpu(id)?);
+        }
+        events.milestone(Milestone::VmCreated);
+
+        let entry = load(&config.boot, files, config, &memory)?;
+        events.milestone(Milestone::KernelLoaded);
+        set_up_vcpus(&vm, &vcpus, entry)?;
+
+        let memory = GuestMemory::new(memory);
+        let devices = devices(config, files, events)?;
+        let (bus, functions) = pci_bus(&vm, &memory, devices)?;
+        let serial = match config.console {
+            Console::Quiet => SerialPort::new(None),
+            Console::File(file) => SerialPort::new(Some(File::from(files.take(file)?))),
+        };
+        let serial = Arc::new(serial);
+        let buses = buses(&Arc::new(bus), &serial, events)?;
+        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), events).map_err(MachineError::Thread)?;
+        Ok(Self {
+            vcpus,
+            functions,
+            serial,
+            _vm: vm,
+        })
+    }
+}
+
+/// Puts kernel, boot information and tables in memory; returns the entry point.
+fn load(
+    boot: &Boot,
+    files: &mut Files,
+    config: &VmConfig,
+    memory: &GuestMemoryMmap,
+) -> Result<u32, MachineError> {
+    let bytes = u64::from(config.memory_mib) << 20;
+    let file = File::from(files.take(boot.kernel)?);
+    let low = bytes.min(layout::LOW_RAM_END);
+    let kernel = Kernel::parse(|offset, buffer| file.read_exact_at(buffer, offset), low)?;
+    for segment in &kernel.segments {
+        let (offset, size) = (segment.file_offset, segment.file_size);
+        memory::place(memory, &file, offset, size, segment.address)?;
+    }
+    let tables = Tables {
+        vcpus: config.vcpus,
+        serial: matches!(config.console, Console::File(_)),
+    };
+    let rsdp = tables.write(memory).map_err(MachineError::Acpi)?;
+    pvh::write_start_info(memory, bytes, &boot.cmdline, rsdp)?;
+    Ok(kernel.entry)
+}
+
+fn set_up_vcpus(vm: &Vm, vcpus: &[VcpuFd], entry: u32) -> Result<(), MachineError> {
+    let count = u8::try_from(vcpus.len()).unwrap_or(MAX_VCPUS);
+    let model = CpuModel::new(vm.kvm(), count).map_err(MachineError::CpuModel)?;
+    for (id, vcpu) in (0..count).zip(vcpus) {
+        model.set_up(vcpu, id, (id == 0).then_some(entry))?;
+    }
+    Ok(())
+}
+
+/// A device and its name in logs and errors.
+type Named = (String, Box<dyn VirtioDevice>);
+
+/// The virtio devices in slot order.
+fn devices(
+    config: &VmConfig,
+    files: &mut Files,
+    events: &Arc<dyn MachineEvents>,
+) -> Result<Vec<Named>, MachineError> {
+    let mut devices: Vec<Named> = Vec::new();
+    for block in &config.blocks {
+        let file = File::from(files.take(block.file)?);
+        let device = BlockDevice::new(&block.id, file, block.read_only);
+        let device = device.map_err(|source| MachineError::Block {
+            id: block.id.clone(),
+            source,
+        })?;
+        devices.push((format!("block {}", block.id), Box::new(device)));
+    }
+    let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
+    for filesystem in &config.filesystems {
+        let device = Fs::new(FsConfig {
+            tag: filesystem.tag.clone(),
+            root: files.take(filesystem.directory)?,
+            options: Options {
+                read_only: filesystem.read_only,
+                cache: match filesystem.cache {
+                    FsCache::Never => Cache::Never,
+                    FsCache::Auto => Cache::Auto,
+                    FsCache::Always => Cache::Always,
+                },
+                writeback: true,
+                max_open_files: quota,
+                ..Options::default()
+            },
+        })?;
+        devices.push((format!("fs {}", filesystem.tag), Box::new(device)));
+    }
+    if let Some(vsock) = &config.vsock {
+        let sink = Arc::new(Sink(Arc::clone(events)));
+        let device = Vsock::new(vsock.cid, files.take(vsock.listener)?, sink);
+        devices.push(("vsock".to_owned(), Box::new(device)));
+    }
+    if config.rng {
+        devices.push(("rng".to_owned(), Box::new(RngDevice::new())));
+    }
+    Ok(devices)
+}
+
+/// The bus with a device in each slot.
+fn pci_bus(
+    vm: &Vm,
+    memory: &GuestMemory,
+    devices: Vec<Named>,
+) -> Result<(PciBus, Vec<Arc<VirtioPciFunction>>), MachineError> {
+    let interrupts: Arc<dyn MsiController> = vm.interrupts();
+    let doorbells: Arc<dyn Doorbells> = vm.doorbells();
+    let mut slots = Vec::new();
+    let mut functions = Vec::new();
+    for (number, (name, device)) in (0_u8..).zip(devices) {
+        let slot = Slot::new(number).ok_or(MachineError::Slots)?;
+        let bars = bars(slot).ok_or(MachineError::Slots)?;
+        let function = VirtioPciFunction::new(
+            &name,
+            device,
+            memory.clone(),
+            bars,
+            &*interrupts,
+            Arc::clone(&doorbells),
+        );
+        let function = function.map_err(|source| MachineError::Device { name, source })?;
+        let function = Arc::new(function);
+        slots.push((slot, Arc::clone(&function) as Arc<dyn PciFunction>));
+        functions.push(function);
+    }
+    Ok((PciBus::new(slots), functions))
+}
+
+/// Addresses of a slot's BARs, in memory and ports.
+fn bars(slot: Slot) -> Option<(u32, u32)> {
+    let number = u32::from(slot.number());
+    let memory = u32::try_from(layout::PCI_MEMORY.start).ok()?;
+    let memory = memory.checked_add(VirtioPciFunction::MEMORY_SIZE.checked_mul(number)?)?;
+    let ports = u32::from(layout::PCI_PORTS.start);
+    let ports = ports.checked_add(VirtioPciFunction::PORTS_SIZE.checked_mul(number)?)?;
+    Some((memory, ports))
+}
+
+fn buses(
+    pci: &Arc<PciBus>,
+    serial: &Arc<SerialPort>,
+    events: &Arc<dyn MachineEvents>,
+) -> Result<Buses, MachineError> {
+    let mut memory = Bus::default();
+    let window = |kind, base| -> Arc<dyn BusDevice> {
+        let pci = Arc::clone(pci);
+        Arc::new(Window { pci, kind, base })
+    };
+    let range = layout::PCI_MEMORY;
+    let start = range.start;
+    memory.insert(range, window(BarKind::Memory, start))?;
+    memory.insert(layout::ECAM, Arc::new(Ecam(Arc::clone(pci))))?;
+
+    let events: Arc<dyn GuestEvents> = Arc::new(Guest(Arc::clone(events)));
+    let power = PowerPorts::new(
+        Arc::clone(&events),
+        layout::SLEEP_TYPE_S5,
+        layout::RESET_VALUE,
+    );
+    let progress = ProgressPort::new(Arc::clone(&events));
+    let mut ports = Bus::default();
+    let mut insert = |start: u16, size: u16, device| {
+        let start = u64::from(start);
+        ports.insert(start..start.saturating_add(size.into()), device)
+    };
+    insert(layout::PROGRESS_PORT, 1, Arc::new(progress))?;
+    let size = layout::SERIAL_PORTS.len().try_into().unwrap_or_default();
+    insert(
+        layout::SERIAL_PORTS.start,
+        size,
+        Arc::clone(serial) as Arc<dyn BusDevice>,
+    )?;
+    insert(layout::PVPANIC_PORT, 1, Arc::new(PvPanic::new(events)))?;
+    insert(
+        layout::SLEEP_CONTROL_PORT,
+        PowerPorts::SIZE,
+        Arc::new(power),
+    )?;
+    let range = layout::PCI_PORTS;
+    let size = range.len().try_into().unwrap_or_default();
+    insert(range.start, size, window(BarKind::Io, range.start.into()))?;
+    Ok(Buses { memory, ports })
+}
+
+/// The configuration space of PCI bus 0.
+#[derive(Debug)]
+struct Ecam(Arc<PciBus>);
+
+impl BusDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read_ecam(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write_ecam(offset, data);
+    }
+}
+
+/// Addresses in which PCI functions have their BARs.
+#[derive(Debug)]
+struct Window {
+    pci: Arc<PciBus>,
+    kind: BarKind,
+    base: u64,
+}
+
+impl BusDevice for Window {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let address = self.base.saturating_add(offset);
+        self.pci.read(self.kind, address, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let address = self.base.saturating_add(offset);
+        self.pci.write(self.kind, address, data);
+    }
+}
+
+/// The machine's events as the devices know them.
+#[derive(Debug)]
+struct Guest(Arc<dyn MachineEvents>);
+
+impl GuestEvents for Guest {
+    fn progress(&self, code: u8) {
+        self.0.progress(code);
+    }
+
+    fn ended(&self, reason: ExitReason) {
+        self.0.ended(reason);
+    }
+}
+
+/// The same for the socket device.
+#[derive(Debug)]
+struct Sink(Arc<dyn MachineEvents>);
+
+impl ConnectionSink for Sink {
+    fn connect(&self, port: u32, stream: OwnedFd) -> std::io::Result<()> {
+        self.0.connection(port, stream)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_slots_bars_lie_in_their_windows_apart() {
+        let mut last = (0, 0);
+        for number in 0..Slot::COUNT {
+            let (memory, ports) = bars(Slot::new(number).unwrap()).unwrap();
+            assert!(memory >= last.0 && ports >= last.1);
+            assert!(memory.is_multiple_of(VirtioPciFunction::MEMORY_SIZE));
+            assert!(ports.is_multiple_of(VirtioPciFunction::PORTS_SIZE));
+            last = (
+                memory + VirtioPciFunction::MEMORY_SIZE,
+                ports + VirtioPciFunction::PORTS_SIZE,
+            );
+        }
+        assert!(u64::from(last.0) <= layout::PCI_MEMORY.end);
+        assert!(last.1 <= layout::PCI_PORTS.end.into());
+    }
+
+    #[test]
+    fn a_file_is_taken_once() {
+        let file = tempfile::tempfile().unwrap();
+        let mut files = Files::new(vec![file.into()]);
+        assert!(matches!(
+            files.take(FileIndex(1)),
+            Err(MachineError::File(1))
+        ));
+        files.take(FileIndex(0)).unwrap();
+        assert!(matches!(
+            files.take(FileIndex(0)),
+            Err(MachineError::File(0))
+        ));
+    }
+}

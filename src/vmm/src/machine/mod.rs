@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The machine: built from a configuration and open files, then started, paused, stopped.
+
+mod build;
+mod vcpu;
+
+use std::fmt::Debug;
+use std::io;
+use std::mem;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::GuestMemoryError;
+use vmm_sys_util::errno;
+
+pub use build::Files;
+
+use crate::arch::x86_64::kernel::KernelError;
+use crate::arch::x86_64::pvh::StartInfoError;
+use crate::arch::x86_64::vcpu::VcpuSetupError;
+use crate::bus::RangeTaken;
+use crate::control::{ExitReason, Milestone};
+use crate::devices::SerialPort;
+use crate::devices::virtio::VirtioPciFunction;
+use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::fs::FsError;
+use crate::kvm::{Vm, VmError};
+use crate::memory::{MemoryError, PlaceError};
+use vcpu::Vcpus;
+
+/// Takes what happens to the machine. Called on its own threads; must not block.
+pub trait MachineEvents: Debug + Send + Sync {
+    /// The start came to this point, now.
+    fn milestone(&self, milestone: Milestone);
+
+    /// The guest's PID 1, or whoever writes there, wrote to the progress port.
+    fn progress(&self, code: u8);
+
+    /// The guest has ended or can't go on. The machine still needs `stop`. Only the first call
+    /// counts.
+    fn ended(&self, reason: ExitReason);
+
+    /// A guest process connected to host port `port`.
+    ///
+    /// # Errors
+    /// Nobody can take the connection; the guest sees it refused.
+    fn connection(&self, port: u32, stream: OwnedFd) -> io::Result<()>;
+}
+
+/// Why there is no machine; each names what it is about.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// A message named a file that did not come with it, or that is used up.
+    #[error("the boot request names file {0}, which did not come with it")]
+    File(u32),
+    /// KVM makes no VM.
+    #[error("can't create the virtual machine")]
+    Vm(#[from] VmError),
+    /// No guest memory.
+    #[error("can't set up guest memory")]
+    Memory(#[from] MemoryError),
+    /// Guest memory is below what any kernel boots with.
+    #[error("a guest needs {minimum_mib} MiB of memory at least, not {memory_mib}")]
+    MemorySize {
+        /// The least.
+        minimum_mib: u32,
+        /// What was asked for.
+        memory_mib: u32,
+    },
+    /// The kernel is not usable.
+    #[error("can't use the guest kernel")]
+    Kernel(#[from] KernelError),
+    /// The kernel can't be loaded.
+    #[error("can't load the guest kernel")]
+    Place(#[from] PlaceError),
+    /// The boot information can't be written.
+    #[error("can't prepare the boot")]
+    StartInfo(#[from] StartInfoError),
+    /// The ACPI tables can't be written.
+    #[error("can't write the ACPI tables")]
+    Acpi(#[source] GuestMemoryError),
+    /// A disk is not usable.
+    #[error("can't use block device {id}")]
+    Block {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: BlockError,
+    },
+    /// A file system is not usable.
+    #[error("can't share a file system")]
+    Filesystem(#[from] FsError),
+    /// A device can't be put on the PCI bus.
+    #[error("can't add device {name}")]
+    Device {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        #[source]
+        source: io::Error,
+    },
+    /// More devices than slots.
+    #[error("there are more devices than the PCI bus has slots")]
+    Slots,
+    /// Two devices at one address: a bug in the layout.
+    #[error("the machine's layout is wrong")]
+    Layout(#[from] RangeTaken),
+    /// A vCPU can't be set up.
+    #[error("can't set up the processors")]
+    VcpuSetup(#[from] VcpuSetupError),
+    /// KVM does not say what it supports.
+    #[error("can't ask KVM for the processor's features")]
+    CpuModel(#[source] errno::Error),
+    /// A vCPU's thread can't be started.
+    #[error("can't start a vCPU's thread")]
+    Thread(#[source] io::Error),
+}
+
+/// A built machine. Its vCPUs are paused until `resume`.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they must go: nothing may run in the guest's memory once it is
+    // unmapped.
+    vcpus: Vcpus,
+    functions: Vec<Arc<VirtioPciFunction>>,
+    serial: Arc<SerialPort>,
+    _vm: Vm,
+}
+
+impl Machine {
+    /// Stops all vCPUs where they are; returns when they have.
+    pub fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    /// Starts the vCPUs, or lets paused ones go on.
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Ends the machine: vCPUs first, then the devices, which finish what they have begun. Returns
+    /// the last console output.
+    #[must_use]
+    pub fn stop(mut self) -> String {
+        self.vcpus.stop();
+        for function in &self.functions {
+            function.reset();
+        }
+        self.serial.tail()
+    }
+
+    /// Ends the vCPUs and leaves everything else to the end of the process, which must follow: a
+    /// device may wait on the host for ever.
+    pub fn abandon(mut self) {
+        self.vcpus.stop();
+        mem::forget(self);
+    }
+}

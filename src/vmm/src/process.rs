@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The VMM process: what runs in the child that `client::VmmProcess` spawns.
+//!
+//! It is given one thing, the control socket, as its standard input, and everything else through
+//! it. It serves one machine and ends with it; when the socket closes, because its owner is gone,
+//! it ends at once.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::process::{DumpableBehavior, Signal};
+use rustix::time::{ClockId, clock_gettime};
+use thiserror::Error;
+
+use crate::control::{
+    Channel, ChannelError, Event, ExitReason, Milestone, PROTOCOL_VERSION, Request, VmConfig,
+};
+use crate::machine::{Files, Machine, MachineEvents};
+use crate::sys::process as raw;
+
+/// The code that the guest's PID 1 writes to the progress port first of all.
+pub const INIT_CODE: u8 = 0x41;
+
+/// Why the process could not do its work. What goes wrong with a machine is told to the owner by
+/// events instead.
+#[derive(Debug, Error)]
+pub enum ProcessError {
+    /// The process was not started as a VMM.
+    #[error("standard input is not a control socket")]
+    Control(#[source] io::Error),
+    /// It can't give up what it must not have.
+    #[error("can't {what}")]
+    Confine {
+        /// What it tried.
+        what: &'static str,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The control socket failed.
+    #[error("can't speak with the owner")]
+    Channel(#[from] ChannelError),
+    /// Waiting for messages failed.
+    #[error("can't wait for messages")]
+    Wait(#[source] io::Error),
+}
+
+/// Runs the role: confines the process, then serves the control socket until the machine has
+/// ended or the owner is gone.
+///
+/// Call it first of all in a fresh process: it closes every descriptor but 0, 1 and 2.
+///
+/// # Errors
+/// See `ProcessError`.
+pub fn run() -> Result<(), ProcessError> {
+    let start = now();
+    let control = raw::inherit(0).map_err(ProcessError::Control)?;
+    confine()?;
+    let channel = Channel::new(control);
+    let reporter = Arc::new(Reporter {
+        channel,
+        over: OnceLock::new(),
+        wake: eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|errno| ProcessError::Wait(errno.into()))?,
+        init: AtomicBool::new(false),
+    });
+    reporter.send_milestone(Milestone::ProcessStart, start);
+    match serve(&reporter) {
+        // The owner is gone: nobody is left to tell.
+        Err(ProcessError::Channel(ChannelError::Closed)) => Ok(()),
+        other => other,
+    }
+}
+
+fn confine() -> Result<(), ProcessError> {
+    let step = |what| move |source| ProcessError::Confine { what, source };
+    raw::close_from(3).map_err(step("close inherited descriptors"))?;
+    let dies = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    dies.map_err(io::Error::from)
+        .map_err(step("ask to end with the parent"))?;
+    rustix::process::chdir("/")
+        .map_err(io::Error::from)
+        .map_err(step("leave the working directory"))?;
+    rustix::thread::set_no_new_privs(true)
+        .map_err(io::Error::from)
+        .map_err(step("give up new privileges"))?;
+    // Guest memory does not belong in a core file, nor in a debugger of the same user.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(io::Error::from)
+        .map_err(step("forbid core dumps"))
+}
+
+fn serve(reporter: &Arc<Reporter>) -> Result<(), ProcessError> {
+    let Some(machine) = boot(reporter)? else {
+        return Ok(());
+    };
+    match wait(reporter, &machine) {
+        Ok(reason) => {
+            let console = machine.stop();
+            let exited = Event::Exited { reason, console };
+            Ok(reporter.channel.send(&exited, &[])?)
+        }
+        Err(error) => {
+            machine.abandon();
+            Err(error)
+        }
+    }
+}
+
+/// Waits for the boot request and carries it out. On failure the owner has the reason.
+fn boot(reporter: &Arc<Reporter>) -> Result<Option<Machine>, ProcessError> {
+    let (request, files) = reporter.channel.receive::<Request>()?;
+    let result = match request {
+        Request::Boot(config) => build(&config, files, reporter),
+        Request::Stop => return Ok(None),
+        _ => Err("the first request must be to boot".to_owned()),
+    };
+    match result {
+        Ok(machine) => {
+            // Answered first: the owner knows the machine before it hears of its end.
+            reporter.channel.send(&Event::Done, &[])?;
+            machine.resume();
+            Ok(Some(machine))
+        }
+        Err(text) => {
+            reporter.channel.send(&Event::Failed(text), &[])?;
+            Ok(None)
+        }
+    }
+}
+
+fn build(
+    config: &VmConfig,
+    files: Vec<OwnedFd>,
+    reporter: &Arc<Reporter>,
+) -> Result<Machine, String> {
+    if config.version != PROTOCOL_VERSION {
+        return Err(format!(
+            "the owner speaks version {} of the control protocol, the VMM {PROTOCOL_VERSION}",
+            config.version
+        ));
+    }
+    let events = Arc::clone(reporter) as Arc<dyn MachineEvents>;
+    let machine = Machine::build(config, &mut Files::new(files), &events);
+    machine.map_err(|error| chain(&error))
+}
+
+/// Serves requests until the machine has ended.
+fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessError> {
+    loop {
+        let mut ready = [
+            PollFd::new(&reporter.channel, PollFlags::IN),
+            PollFd::new(&reporter.wake, PollFlags::IN),
+        ];
+        rustix::io::retry_on_intr(|| poll(&mut ready, None))
+            .map_err(|errno| ProcessError::Wait(errno.into()))?;
+        if let Some(reason) = reporter.over.get() {
+            return Ok(reason.clone());
+        }
+        if ready.first().is_none_or(|fd| fd.revents().is_empty()) {
+            continue;
+        }
+        let answer = match reporter.channel.receive::<Request>()?.0 {
+            Request::Pause => {
+                machine.pause();
+                Event::Done
+            }
+            Request::Resume => {
+                machine.resume();
+                Event::Done
+            }
+            Request::Stop => {
+                reporter.channel.send(&Event::Done, &[])?;
+                return Ok(ExitReason::Stopped);
+            }
+            Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
+        };
+        reporter.channel.send(&answer, &[])?;
+    }
+}
+
+/// Tells the owner what happens, and the main thread when the guest has ended.
+#[derive(Debug)]
+struct Reporter {
+    channel: Channel,
+    over: OnceLock<ExitReason>,
+    wake: OwnedFd,
+    init: AtomicBool,
+}
+
+impl Reporter {
+    fn send_milestone(&self, milestone: Milestone, at_us: u64) {
+        let event = Event::Milestone { milestone, at_us };
+        if let Err(error) = self.channel.send(&event, &[]) {
+            tracing::debug!(%error, "can't tell the owner of a milestone");
+        }
+    }
+}
+
+impl MachineEvents for Reporter {
+    fn milestone(&self, milestone: Milestone) {
+        self.send_milestone(milestone, now());
+    }
+
+    fn progress(&self, code: u8) {
+        if code == INIT_CODE && !self.init.swap(true, Ordering::Relaxed) {
+            self.milestone(Milestone::Init);
+        }
+    }
+
+    fn ended(&self, reason: ExitReason) {
+        if self.over.set(reason).is_ok()
+            && let Err(error) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes())
+        {
+            tracing::error!(%error, "can't wake the main thread");
+        }
+    }
+
+    fn connection(&self, port: u32, stream: OwnedFd) -> io::Result<()> {
+        let event = Event::Connection { port };
+        let sent = self.channel.try_send(&event, &[stream.as_fd()]);
+        sent.map_err(io::Error::other)
+    }
+}
+
+/// `CLOCK_MONOTONIC` in microseconds.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or_default();
+    seconds
+        .saturating_mul(1_000_000)
+        .saturating_add(nanoseconds / 1000)
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

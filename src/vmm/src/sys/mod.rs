@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The library's unsafe code: one operation a block, each with its reason. Every function here
+//! is safe to call.
+
+pub(crate) mod kvm;
+pub(crate) mod mmap;
+pub(crate) mod process;
+pub(crate) mod vectored;
