@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//! CreateContainer: from the request to a first process that waits to execute.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use protocols::agent::agent::CreateContainerRequest;
+use protocols::agent::oci;
+use tokio::task::JoinHandle;
+use tracing::{debug, warn};
+
+use super::{Container, Entry, Process, Stage};
+use crate::cgroup::{Cgroup, OutOfMemory};
+use crate::engine::{self, ContainerPlan, Joins, Launched, Namespace};
+use crate::error::{AgentError, Context as _, Result};
+use crate::reaper::ended;
+use crate::sandbox::Sandbox;
+
+/// Creates the container of `request`.
+///
+/// # Errors
+///
+/// What can't be honoured, a name that is taken, or the first step that failed; nothing is left
+/// behind then.
+pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerRequest) -> Result<()> {
+    check(&request)?;
+    let spec = request
+        .OCI
+        .as_ref()
+        .ok_or_else(|| AgentError::invalid("OCI: missing"))?;
+    let (mut plan, joins) = engine::container(spec)?;
+    let reservation = sandbox.reserve(&request.container_id)?;
+    let shared = sandbox.share_namespaces(&mut plan, request.sandbox_pidns)?;
+    plan.check_hostname()?;
+
+    let held = sandbox.storages.add(request.storages.clone()).await?;
+    let built = build(sandbox, &request, spec, plan, joins, shared).await;
+    match built {
+        Ok(mut container) => {
+            container.held = Mutex::new(Some(held));
+            debug!(container = request.container_id, "created");
+            reservation.fill(container);
+            Ok(())
+        }
+        Err(error) => {
+            sandbox.storages.remove(held).await;
+            Err(error)
+        }
+    }
+}
+
+async fn build(
+    sandbox: &Arc<Sandbox>,
+    request: &CreateContainerRequest,
+    spec: &oci::Spec,
+    plan: ContainerPlan,
+    joins: Joins,
+    shared: Vec<OwnedFd>,
+) -> Result<Container> {
+    let linux = spec.Linux.get_or_default();
+    let mut namespaces = open_all(&joins)?;
+    namespaces.extend(shared);
+    let process_plan = plan.process.clone();
+    let own_pids = plan.new_namespaces.contains(&Namespace::Pid);
+    let cgroup = Cgroup::create(linux, &request.container_id)?;
+    let launched = sandbox
+        .launcher
+        .create(plan, cgroup.as_fd(), &namespaces)
+        .await;
+    let made = launched.and_then(|launched: Launched| {
+        sandbox.keep_pid_namespace(launched.pid, own_pids && request.sandbox_pidns)?;
+        Process::new(launched)
+    });
+    let (process, gate) = match made {
+        Ok(made) => made,
+        Err(error) => {
+            let error = if cgroup.ran_out_of_memory() {
+                AgentError::precondition(
+                    "the container's first process ran out of memory: the memory limit is too low",
+                )
+            } else {
+                error
+            };
+            if let Err(error) = cgroup.remove().await {
+                warn!(
+                    container = request.container_id,
+                    error = error.line(),
+                    "cgroup stays"
+                );
+            }
+            return Err(error);
+        }
+    };
+    let init = Arc::new(process);
+    let mut watches = vec![watch_memory(sandbox, &request.container_id, &cgroup)];
+    if !own_pids {
+        watches.push(watch_init(sandbox, &request.container_id, &init));
+    }
+    Ok(Container {
+        id: request.container_id.clone(),
+        init_id: request.exec_id.clone(),
+        cgroup,
+        processes: Mutex::new(HashMap::from([(
+            String::new(),
+            Entry::Live(Arc::clone(&init)),
+        )])),
+        init,
+        plan: process_plan,
+        stage: Mutex::new(Stage::Created(gate)),
+        held: Mutex::default(),
+        change: tokio::sync::Mutex::default(),
+        watches,
+    })
+}
+
+fn check(request: &CreateContainerRequest) -> Result<()> {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
+    let id = &request.container_id;
+    if id.is_empty() || !id.chars().all(plain) || id.starts_with('.') {
+        return Err(AgentError::invalid(format!("container_id: {id:?}")));
+    }
+    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
+    if ports != [0; 3] {
+        return Err(AgentError::unsupported(
+            "stdin_port, stdout_port, stderr_port: streams are read and written by calls",
+        ));
+    }
+    if let Some(device) = request.devices.first() {
+        return Err(AgentError::unsupported(format!(
+            "device type {:?} is not supported",
+            device.type_
+        )));
+    }
+    if !request.shared_mounts.is_empty() {
+        return Err(AgentError::unsupported("shared_mounts is not supported"));
+    }
+    Ok(())
+}
+
+fn open_all(joins: &Joins) -> Result<Vec<OwnedFd>> {
+    joins
+        .iter()
+        .map(|(kind, path)| {
+            File::open(path)
+                .map(OwnedFd::from)
+                .context(|| format!("linux.namespaces: open the {kind:?} namespace {path:?}"))
+        })
+        .collect()
+}
+
+fn watch_memory(sandbox: &Arc<Sandbox>, id: &str, cgroup: &Cgroup) -> JoinHandle<()> {
+    let watched = OutOfMemory::watch(cgroup);
+    let sandbox = Arc::clone(sandbox);
+    let id = id.to_owned();
+    tokio::spawn(async move {
+        match watched {
+            Ok(mut watched) => {
+                while watched.next().await.is_ok() {
+                    sandbox.report_oom(&id);
+                }
+            }
+            Err(error) => debug!(container = id, error = error.line(), "no OOM events"),
+        }
+    })
+}
+
+/// In a pid namespace of its own the kernel ends all processes with the first. Elsewhere the
+/// agent does.
+fn watch_init(sandbox: &Arc<Sandbox>, id: &str, init: &Arc<Process>) -> JoinHandle<()> {
+    let sandbox = Arc::downgrade(sandbox);
+    let exit = init.exit.clone();
+    let id = id.to_owned();
+    tokio::spawn(async move {
+        ended(&exit).await;
+        let container = sandbox
+            .upgrade()
+            .and_then(|sandbox| sandbox.container(&id).ok());
+        if let Some(container) = container
+            && let Err(error) = container.cgroup.kill()
+        {
+            warn!(container = id, error = error.line(), "kill after the end");
+        }
+    })
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The helper: this binary, executed again, with one thread. It joins the namespaces that exist,
+//! clones the new process as a child of the agent, and ends.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::{
+    ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces,
+};
+
+use super::channel::Channel;
+use super::plan::{Job, Namespace, Report};
+use super::process::{self, Inherited};
+use super::seccomp::Profile;
+use crate::error::{AgentError, Context as _, Failure, Result};
+use crate::sys::clone::{Side, SingleThreaded, clone_sibling};
+use crate::sys::process::exit_now;
+
+/// The argument that tells a helper from the agent.
+pub(crate) const ROLE: &str = "container-helper";
+
+/// All of a container's namespaces, for an exec.
+const ALL: ThreadNameSpaceType = ThreadNameSpaceType::MOUNT
+    .union(ThreadNameSpaceType::CONTROL_GROUP)
+    .union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME)
+    .union(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION)
+    .union(ThreadNameSpaceType::PROCESS_ID)
+    .union(ThreadNameSpaceType::NETWORK);
+
+/// Does one job, which comes over standard input. What fails is reported there.
+pub(crate) fn main() {
+    // Away from the numbers that become the new process's streams.
+    let Ok(socket) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else {
+        return;
+    };
+    let channel = Channel::new(socket);
+    if let Err(error) = work(&channel) {
+        let _ = channel.send_plain(&Report::Failed(Failure::from(&error)));
+    }
+}
+
+fn work(channel: &Channel) -> Result<()> {
+    // While /proc is still the guest's.
+    let proof = SingleThreaded::prove().context(|| "helper")?;
+    // From here on no process of a container may trace this one or look into it (CVE-2016-9962).
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "protect the helper")?;
+    let (job, descriptors) = channel.receive::<Job>().context(|| "receive the job")?;
+    let process = job.process();
+    let descriptors = Descriptors::split(descriptors, &job)?;
+    let filter = process.seccomp.as_ref().map(Profile::compile).transpose()?;
+    if process.oom_score_adjust != 0 {
+        fs::write(
+            "/proc/self/oom_score_adj",
+            process.oom_score_adjust.to_string(),
+        )
+        .context(|| format!("set oom_score_adj {}", process.oom_score_adjust))?;
+    }
+    let namespaces = join(&job, &descriptors)?;
+    let side = clone_sibling(&proof, namespaces, descriptors.cgroup.as_fd())
+        .context(|| "clone the process")?;
+    match side {
+        Side::Parent(pid, pidfd) => channel
+            .send(&Report::Spawned(pid), &[pidfd.as_fd()])
+            .context(|| "report to the agent"),
+        Side::Child => {
+            let inherited = Inherited {
+                channel,
+                streams: descriptors.streams,
+                filter,
+            };
+            let error = match &job {
+                Job::Create(plan) => process::container(plan, &inherited),
+                Job::Exec(plan) => process::exec(plan, &inherited),
+            };
+            let _ = channel.send_plain(&Report::Failed(Failure::from(&error)));
+            exit_now(1)
+        }
+    }
+}
+
+/// Joins what exists already; the result is what the clone shall make new.
+fn join(job: &Job, descriptors: &Descriptors) -> Result<u64> {
+    match job {
+        Job::Create(plan) => {
+            for (kind, namespace) in plan.joined_namespaces.iter().zip(&descriptors.namespaces) {
+                move_into_link_name_space(namespace.as_fd(), None)
+                    .context(|| format!("join the {kind:?} namespace"))?;
+            }
+            Ok(plan
+                .new_namespaces
+                .iter()
+                // Made by the process itself, once it is in its cgroup.
+                .filter(|kind| **kind != Namespace::Cgroup)
+                .fold(0, |flags, kind| flags | kind.flag()))
+        }
+        Job::Exec(_) => {
+            if let Some(init) = &descriptors.init {
+                move_into_thread_name_spaces(init.as_fd(), ALL)
+                    .context(|| "join the container's namespaces")?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+/// What comes with a job, in this order.
+#[derive(Debug)]
+struct Descriptors {
+    cgroup: OwnedFd,
+    /// The container's first process, for an exec.
+    init: Option<OwnedFd>,
+    /// None with a terminal.
+    streams: Vec<OwnedFd>,
+    /// Namespaces to join.
+    namespaces: Vec<OwnedFd>,
+}
+
+impl Descriptors {
+    fn split(all: Vec<OwnedFd>, job: &Job) -> Result<Self> {
+        let missing = || AgentError::internal("the job lacks a descriptor");
+        let mut all = all.into_iter();
+        let cgroup = all.next().ok_or_else(missing)?;
+        let init = match job {
+            Job::Create(_) => None,
+            Job::Exec(_) => Some(all.next().ok_or_else(missing)?),
+        };
+        let streams = match job.process().terminal {
+            Some(_) => 0,
+            None => 3,
+        };
+        Ok(Self {
+            cgroup,
+            init,
+            streams: all.by_ref().take(streams).collect(),
+            namespaces: all.collect(),
+        })
+    }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The new process, from its clone to the program of the container. It is a copy of the helper:
+//! one thread, child of the agent, in its cgroup.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{CWD, Gid, Mode, OFlags, Uid, fchown, openat};
+use rustix::io::Errno;
+use rustix::process::{chdir, getcwd, setsid, umask};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+
+use super::capabilities::{self, keep_across_user_change, keep_no_longer};
+use super::channel::Channel;
+use super::plan::{ContainerPlan, Go, Namespace, ProcessPlan, Report};
+use super::seccomp::Filter;
+use super::terminal::Terminal;
+use super::{command, masks, rootfs, sysctl, user};
+use crate::error::{AgentError, Context as _, Result};
+use crate::mount::{self, Target};
+use crate::sys;
+
+/// What a process has besides its plan.
+#[derive(Debug)]
+pub(super) struct Inherited<'a> {
+    /// To the agent.
+    pub(super) channel: &'a Channel,
+    /// Standard input, output and error; empty with a terminal.
+    pub(super) streams: Vec<OwnedFd>,
+    /// The compiled seccomp profile.
+    pub(super) filter: Option<Filter>,
+}
+
+/// Builds the container around this process and executes its program when the agent says so.
+/// Only returns on failure.
+pub(super) fn container(plan: &ContainerPlan, inherited: &Inherited<'_>) -> AgentError {
+    match build(plan) {
+        Ok(terminal) => execute(&plan.process, inherited, terminal, true),
+        Err(error) => error,
+    }
+}
+
+/// Executes a program in a container that the helper has joined. Only returns on failure.
+pub(super) fn exec(plan: &ProcessPlan, inherited: &Inherited<'_>) -> AgentError {
+    match open_terminal(plan) {
+        Ok(terminal) => execute(plan, inherited, terminal, false),
+        Err(error) => error,
+    }
+}
+
+fn build(plan: &ContainerPlan) -> Result<Option<Terminal>> {
+    setsid().context(|| "start a session")?;
+    if plan.new_namespaces.contains(&Namespace::Cgroup) {
+        // Only now: at the clone its root would have been the helper's cgroup.
+        sys::process::new_cgroup_namespace().context(|| "make a cgroup namespace")?;
+    }
+    if plan.new_namespaces.contains(&Namespace::Network) {
+        sys::net::loopback_up().context(|| "bring the loopback interface up")?;
+    }
+    if let Some(name) = &plan.hostname {
+        rustix::system::sethostname(name.as_bytes())
+            .context(|| format!("set host name {name:?}"))?;
+    }
+    let root = rootfs::build(&plan.rootfs)?;
+    let mut terminal = None;
+    if let Some(size) = plan.process.terminal {
+        let opened = Terminal::open(root.as_fd(), size, plan.process.uid)?;
+        opened.bind_console(root.as_fd())?;
+        terminal = Some(opened);
+    }
+    sysctl::apply(&plan.sysctls)?;
+    masks::protect(root.as_fd(), &plan.rootfs.readonly_paths)?;
+    masks::mask(root.as_fd(), &plan.rootfs.masked)?;
+    umask(Mode::from_raw_mode(0o022));
+    make_cwd(&root, &plan.process.cwd)?;
+    rootfs::enter(&root, &plan.rootfs)?;
+    Ok(terminal)
+}
+
+fn open_terminal(plan: &ProcessPlan) -> Result<Option<Terminal>> {
+    setsid().context(|| "start a session")?;
+    umask(Mode::from_raw_mode(0o022));
+    let Some(size) = plan.terminal else {
+        return Ok(None);
+    };
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .context(|| "open the container's root")?;
+    Terminal::open(root.as_fd(), size, plan.uid).map(Some)
+}
+
+/// Images name working folders that they don't have; as elsewhere they are made with the
+/// container.
+fn make_cwd(root: &OwnedFd, cwd: &Path) -> Result<()> {
+    match mount::create_in_root(root.as_fd(), cwd, Target::Directory) {
+        // What can't be made is reported when it is entered.
+        Ok(_) | Err(Errno::ROFS | Errno::ACCESS | Errno::NOTDIR) => Ok(()),
+        Err(error) => Err(AgentError::io(
+            format!("make the working directory {cwd:?}"),
+            error,
+        )),
+    }
+}
+
+/// From a finished container to the program.
+fn execute(
+    plan: &ProcessPlan,
+    inherited: &Inherited<'_>,
+    terminal: Option<Terminal>,
+    wait: bool,
+) -> AgentError {
+    match prepare(plan, inherited, terminal, wait) {
+        Ok(program) => program.execute(),
+        Err(error) => error,
+    }
+}
+
+/// A program that is found and checked, with its strings as the kernel wants them.
+struct Program {
+    name: String,
+    path: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+fn prepare(
+    plan: &ProcessPlan,
+    inherited: &Inherited<'_>,
+    terminal: Option<Terminal>,
+    wait: bool,
+) -> Result<Program> {
+    match (&terminal, inherited.streams.as_slice()) {
+        (Some(terminal), _) => terminal.control()?,
+        (None, [stdin, stdout, stderr]) => {
+            for stream in [stdin, stdout, stderr] {
+                // So that the user may open /dev/stdout again. Not all files have owners.
+                let owner = (Uid::from_raw(plan.uid), Gid::from_raw(plan.gid));
+                let _ = fchown(stream, Some(owner.0), Some(owner.1));
+            }
+            connect(stdin, stdout, stderr)?;
+        }
+        (None, _) => return Err(AgentError::internal("standard streams are missing")),
+    }
+    for limit in &plan.limits {
+        limit.apply()?;
+    }
+    // Before the user changes, as root may enter more; if it may not, the user itself might.
+    let entered = enter_cwd(&plan.cwd);
+    plan.capabilities.limit()?;
+    keep_across_user_change()?;
+    user::become_user(plan)?;
+    keep_no_longer()?;
+    if entered.is_err() {
+        enter_cwd(&plan.cwd)?;
+    }
+    inside_root(&plan.cwd)?;
+
+    // Without `no_new_privs` only CAP_SYS_ADMIN may install a filter, so it is kept until then.
+    let late = inherited.filter.is_some() && !plan.no_new_privileges;
+    plan.capabilities
+        .apply(if late { capabilities::SYS_ADMIN } else { 0 })?;
+    let program = Program::new(plan)?;
+    if plan.no_new_privileges {
+        rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs")?;
+    }
+    sys::process::reset_signals();
+    sys::process::close_on_exec_from(3).context(|| "close descriptors")?;
+
+    let master = terminal.as_ref().map(|terminal| terminal.master.as_fd());
+    inherited
+        .channel
+        .send(&Report::Ready, master.as_slice())
+        .context(|| "report to the agent")?;
+    drop(terminal);
+    if wait {
+        let _: (Go, _) = inherited
+            .channel
+            .receive()
+            .context(|| "wait for the agent")?;
+    }
+    if let Some(filter) = &inherited.filter {
+        filter.install()?;
+        if late {
+            plan.capabilities.apply(0)?;
+        }
+    }
+    Ok(program)
+}
+
+impl Program {
+    fn new(plan: &ProcessPlan) -> Result<Self> {
+        let name = plan.arguments.first().cloned().unwrap_or_default();
+        let path = command::find(&name, &plan.environment)?;
+        let mut environment = plan.environment.clone();
+        if !environment.iter().any(|entry| entry.starts_with("HOME=")) {
+            environment.push(format!("HOME={}", user::home(plan.uid)));
+        }
+        Ok(Self {
+            name,
+            path: CString::new(path).map_err(|_| AgentError::invalid("program holds a NUL"))?,
+            arguments: strings(&plan.arguments)?,
+            environment: strings(&environment)?,
+        })
+    }
+
+    /// Only returns on failure.
+    fn execute(self) -> AgentError {
+        let error = sys::process::execute(&self.path, &self.arguments, &self.environment);
+        let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+        AgentError::invalid(format!("exec: {:?}: {}", self.name, command::words(errno)))
+    }
+}
+
+fn strings(texts: &[String]) -> Result<Vec<CString>> {
+    texts
+        .iter()
+        .map(|text| {
+            CString::new(text.as_str()).map_err(|_| AgentError::invalid(format!("{text:?}: NUL")))
+        })
+        .collect()
+}
+
+/// Makes the three descriptors the standard streams.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn connect(stdin: &OwnedFd, stdout: &OwnedFd, stderr: &OwnedFd) -> Result<()> {
+    dup2_stdin(stdin).context(|| "connect standard input")?;
+    dup2_stdout(stdout).context(|| "connect standard output")?;
+    dup2_stderr(stderr).context(|| "connect standard error")
+}
+
+fn enter_cwd(cwd: &Path) -> Result<()> {
+    chdir(cwd).map_err(|error| {
+        AgentError::invalid(format!("chdir to cwd ({cwd:?}): {}", command::words(error)))
+    })
+}
+
+/// A working folder outside of the root would be a way out of the container (CVE-2024-21626).
+fn inside_root(cwd: &Path) -> Result<()> {
+    let current = getcwd(Vec::new()).context(|| format!("check cwd ({cwd:?})"))?;
+    if current.as_bytes().starts_with(b"/") {
+        Ok(())
+    } else {
+        Err(AgentError::invalid(format!(
+            "cwd ({cwd:?}) is outside of the container's root"
+        )))
+    }
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Detached mounts and where they go.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
+
+use super::MountOptions;
+use crate::error::{AgentError, Context as _, Kind, Result};
+use crate::sys::mount::{Attributes, set_attributes};
+
+/// Makes a detached mount of a new (or the kernel's only) file system of type `kind`.
+///
+/// # Errors
+///
+/// The kernel's reason, with what the file system itself had to say.
+pub(crate) fn filesystem(kind: &str, source: &str, options: &MountOptions) -> Result<OwnedFd> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)
+        .context(|| format!("file system type {kind:?}"))?;
+    if !source.is_empty() {
+        fsconfig_set_string(context.as_fd(), "source", source)
+            .context(|| format!("source {source:?}"))?;
+    }
+    for (key, value) in &options.parameters {
+        let set = match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str()),
+            None => fsconfig_set_flag(context.as_fd(), key.as_str()),
+        };
+        set.map_err(|error| {
+            AgentError::io(format!("option {key:?}{}", complaint(&context)), error)
+                .with_kind(Kind::InvalidArgument)
+        })?;
+    }
+    fsconfig_create(context.as_fd())
+        .map_err(|error| AgentError::io(format!("{kind}{}", complaint(&context)), error))?;
+    let attributes = u32::try_from(options.attributes().set).unwrap_or_default();
+    let mount = fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::from_bits_retain(attributes),
+    )
+    .context(|| format!("mount attributes of {kind}"))?;
+    Ok(mount)
+}
+
+/// Makes a detached copy of the mount at `source`, a path of this mount namespace.
+///
+/// # Errors
+///
+/// The kernel's reason.
+pub(crate) fn bind(source: &Path, options: &MountOptions) -> Result<OwnedFd> {
+    if let Some((key, _)) = options.parameters.first() {
+        return Err(AgentError::invalid(format!(
+            "option {key:?} has no meaning for a bind mount"
+        )));
+    }
+    let source_fd = openat2(
+        CWD,
+        source,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_MAGICLINKS,
+    )
+    .context(|| format!("source {source:?}"))?;
+    let mount = clone_mount(source_fd.as_fd(), options.recursive_bind)
+        .context(|| format!("source {source:?}"))?;
+    change(&mount, options.attributes(), false)?;
+    change(&mount, options.recursive_attributes(), true)?;
+    Ok(mount)
+}
+
+/// A detached copy of the mount that `source` is in, with `source` as its root.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn clone_mount(
+    source: BorrowedFd<'_>,
+    recursive: bool,
+) -> std::result::Result<OwnedFd, rustix::io::Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    open_tree(source, "", flags)
+}
+
+/// Attaches `mount` on top of `target`, then gives it its propagation.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn attach(
+    mount: &OwnedFd,
+    target: BorrowedFd<'_>,
+    options: &MountOptions,
+) -> Result<()> {
+    move_mount(
+        mount.as_fd(),
+        "",
+        target,
+        "",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+    )
+    .context(|| "attach")?;
+    for propagation in &options.propagation {
+        let (attributes, recursive) = propagation.attributes();
+        set_attributes(mount.as_fd(), attributes, recursive).context(|| "propagation")?;
+    }
+    Ok(())
+}
+
+fn change(mount: &OwnedFd, attributes: Attributes, recursive: bool) -> Result<()> {
+    if attributes == Attributes::default() {
+        return Ok(());
+    }
+    set_attributes(mount.as_fd(), attributes, recursive).context(|| "mount attributes")
+}
+
+/// What the file system wrote about a failure, such as "Unknown parameter".
+fn complaint(context: &OwnedFd) -> String {
+    let mut text = String::new();
+    let mut buffer = [0; 512];
+    while let Ok(length) = rustix::io::read(context, &mut buffer) {
+        let line = buffer.get(..length).unwrap_or_default();
+        let line = String::from_utf8_lossy(line);
+        // Each message starts with its level: "e ", "w " or "i ".
+        let line = line.trim_end();
+        text.push_str(": ");
+        text.push_str(line.get(2..).unwrap_or(line));
+        if text.len() > 1024 {
+            break;
+        }
+    }
+    text
+}

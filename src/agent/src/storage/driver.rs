@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What each storage driver does.
+
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+
+use protocols::agent::agent::Storage;
+use rustix::fs::{CWD, Mode, OFlags, fchmod, fchown, openat2};
+use rustix::fs::{Gid, ResolveFlags};
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::error::{AgentError, Context as _, Kind, Result};
+use crate::mount::{self, MountOptions, Target};
+
+/// Drivers of this agent, as AgentDetails lists them.
+pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "bind", "overlayfs"];
+
+/// Driver option of `overlayfs`: a folder to make before mounting.
+const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
+/// Option of `overlayfs` that concerns the runtime only.
+const OVERLAY_READ_WRITE: &str = "io.katacontainers.fs-opt.overlay-rw";
+
+/// A storage in place.
+#[derive(Debug)]
+pub(crate) enum Mounted {
+    /// Something is mounted there.
+    Mount(PathBuf),
+    /// A folder, whose content belongs to its file system.
+    Folder,
+}
+
+impl Mounted {
+    /// # Errors
+    ///
+    /// The kernel's, with the path.
+    pub(crate) fn unmount(self) -> Result<()> {
+        let Self::Mount(path) = self else {
+            return Ok(());
+        };
+        unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            .context(|| format!("unmount {path:?}"))
+    }
+}
+
+/// Mounts one storage.
+///
+/// # Errors
+///
+/// An unknown driver, or the kernel's reason, with driver and mount point.
+pub(crate) fn mount(storage: &Storage) -> Result<Mounted> {
+    let point = Path::new(&storage.mount_point);
+    if !point.is_absolute() || point == Path::new("/") {
+        return Err(AgentError::invalid(format!(
+            "storage {:?}: mount point {:?} is not below /",
+            storage.driver, storage.mount_point
+        )));
+    }
+    let done = match storage.driver.as_str() {
+        "virtio-fs" => filesystem(storage, "virtiofs", &storage.options),
+        "ephemeral" => ephemeral(storage),
+        "local" => local(storage),
+        "bind" => bind(storage),
+        "overlayfs" => overlay(storage),
+        other => Err(AgentError::unsupported(format!(
+            "storage driver {other:?} is not supported"
+        ))),
+    };
+    done.map_err(|error| {
+        let line = format!(
+            "storage {:?} on {:?}: {}",
+            storage.driver,
+            storage.mount_point,
+            error.line()
+        );
+        AgentError::new(error.kind(), line)
+    })
+}
+
+fn filesystem(storage: &Storage, default_type: &str, options: &[String]) -> Result<Mounted> {
+    refuse_group(storage)?;
+    let kind = match storage.fstype.as_str() {
+        "" => default_type,
+        kind => kind,
+    };
+    attach(storage, kind, &MountOptions::parse(options)?)
+}
+
+fn attach(storage: &Storage, kind: &str, options: &MountOptions) -> Result<Mounted> {
+    let mounted = mount::filesystem(kind, &storage.source, options)?;
+    let target = target(storage, Target::Directory)?;
+    mount::attach(&mounted, target.as_fd(), options)?;
+    Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
+}
+
+/// A tmpfs or hugetlbfs of the pod. `fsgid=N` gives it to a group.
+fn ephemeral(storage: &Storage) -> Result<Mounted> {
+    let (group, options) = take_group(storage)?;
+    let kind = match storage.fstype.as_str() {
+        "" => "tmpfs",
+        kind => kind,
+    };
+    let options = MountOptions::parse(&options)?;
+    let mounted = mount::filesystem(kind, "", &options)?;
+    if let Some(group) = group {
+        give_to(&mounted, group, 0o2775)?;
+    }
+    let target = target(storage, Target::Directory)?;
+    mount::attach(&mounted, target.as_fd(), &options)?;
+    Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
+}
+
+/// A folder of the guest.
+fn local(storage: &Storage) -> Result<Mounted> {
+    let (group, options) = take_group(storage)?;
+    let mut mode = None;
+    for option in &options {
+        match option.split_once('=') {
+            Some(("mode", value)) => {
+                mode = Some(
+                    u32::from_str_radix(value, 8)
+                        .map_err(|_| AgentError::invalid(format!("option {option:?}")))?,
+                );
+            }
+            _ => return Err(AgentError::unsupported(format!("option {option:?}"))),
+        }
+    }
+    // The folder was resolved without links; reopen it for fchmod, which O_PATH refuses.
+    drop(target(storage, Target::Directory)?);
+    let folder = openat2(
+        CWD,
+        storage.mount_point.as_str(),
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS,
+    )
+    .context(|| "open")?;
+    if let Some(mode) = mode {
+        fchmod(&folder, Mode::from_raw_mode(mode)).context(|| "set mode")?;
+    }
+    if let Some(group) = group {
+        give_to(&folder, group, mode.unwrap_or(0o775) | 0o2000)?;
+    }
+    Ok(Mounted::Folder)
+}
+
+fn bind(storage: &Storage) -> Result<Mounted> {
+    refuse_group(storage)?;
+    let source = Path::new(&storage.source);
+    let options = MountOptions::parse(&storage.options)?;
+    let mounted = mount::bind(source, &options)?;
+    let kind = if source.is_dir() {
+        Target::Directory
+    } else {
+        Target::File
+    };
+    let target = target(storage, kind)?;
+    mount::attach(&mounted, target.as_fd(), &options)?;
+    Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
+}
+
+fn overlay(storage: &Storage) -> Result<Mounted> {
+    refuse_group(storage)?;
+    for option in &storage.driver_options {
+        let Some(folder) = option.strip_prefix(CREATE_DIRECTORY) else {
+            return Err(AgentError::unsupported(format!("driver option {option:?}")));
+        };
+        mount::create_beneath(Path::new(folder), Target::Directory)
+            .context(|| format!("mkdir {folder:?}"))?;
+    }
+    let options: Vec<&String> = storage
+        .options
+        .iter()
+        .filter(|option| *option != OVERLAY_READ_WRITE)
+        .collect();
+    attach(storage, "overlay", &MountOptions::parse(&options)?)
+}
+
+fn target(storage: &Storage, kind: Target) -> Result<rustix::fd::OwnedFd> {
+    mount::create_beneath(Path::new(&storage.mount_point), kind).context(|| "mount point")
+}
+
+/// Splits `fsgid=N` and the message's group from the other options.
+fn take_group(storage: &Storage) -> Result<(Option<Gid>, Vec<String>)> {
+    let mut group = storage
+        .fs_group
+        .as_ref()
+        .map(|group| Gid::from_raw(group.group_id));
+    let mut options = Vec::new();
+    for option in &storage.options {
+        match option.strip_prefix("fsgid=") {
+            Some(value) => {
+                let value = value
+                    .parse()
+                    .map_err(|_| AgentError::invalid(format!("option {option:?}")))?;
+                group = Some(Gid::from_raw(value));
+            }
+            None => options.push(option.clone()),
+        }
+    }
+    Ok((group, options))
+}
+
+/// A group's ownership of existing content is not part of this agent yet.
+fn refuse_group(storage: &Storage) -> Result<()> {
+    if storage.fs_group.is_some() {
+        return Err(AgentError::new(
+            Kind::Unsupported,
+            "fs_group is not supported",
+        ));
+    }
+    Ok(())
+}
+
+fn give_to(folder: &rustix::fd::OwnedFd, group: Gid, mode: u32) -> Result<()> {
+    fchown(folder, None, Some(group)).context(|| "set group")?;
+    fchmod(folder, Mode::from_raw_mode(mode)).context(|| "set mode")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage(driver: &str, point: &str) -> Storage {
+        Storage {
+            driver: driver.to_owned(),
+            mount_point: point.to_owned(),
+            ..Storage::default()
+        }
+    }
+
+    #[test]
+    fn unknown_drivers_are_refused_by_name() {
+        let error = mount(&storage("floppy", "/mnt")).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.line().contains("floppy"), "{}", error.line());
+    }
+
+    #[test]
+    fn mount_points_are_absolute() {
+        for point in ["", "x", "/"] {
+            let error = mount(&storage("local", point)).unwrap_err();
+            assert_eq!(error.kind(), Kind::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn a_local_folder_gets_its_mode() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let point = folder.path().join("a/b");
+        let mut wanted = storage("local", point.to_str().unwrap());
+        wanted.options = vec!["mode=0777".to_owned()];
+        mount(&wanted).unwrap();
+        let mode = point.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o777);
+    }
+}

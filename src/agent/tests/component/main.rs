@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The agent as a whole, on a host: PID 1 of its own namespaces, driven through its protocol.
+//! Needs root, cgroup v2 and a static busybox.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    missing_debug_implementations,
+    clippy::tests_outside_test_module,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::absolute_paths,
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
+
+mod isolation;
+mod lifecycle;
+mod rig;
+mod streams;
