@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The client of the guest's agent.
+//!
+//! Every call has a deadline but those that wait by their nature: a process's end, its streams,
+//! and the next out-of-memory kill.
+
+use std::time::Duration;
+
+use protocols::agent::agent::{
+    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
+    ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest,
+    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
+    WaitProcessRequest, WriteStreamRequest,
+};
+use protocols::agent::agent_ttrpc::AgentServiceClient;
+use protocols::agent::oci::LinuxResources;
+use tokio::net::UnixStream;
+use ttrpc::Code;
+use ttrpc::context::Context as CallContext;
+
+use crate::error::{Kind, Result, ShimError};
+
+/// One of a process's output streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    Stdout,
+    Stderr,
+}
+
+/// Names a process: a container, and the exec in it, empty for its init.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ProcessName {
+    pub(crate) container: String,
+    pub(crate) exec: String,
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    client: AgentServiceClient,
+    deadline: Duration,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Agent")
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Speaks over a connected stream; must be called in the runtime.
+    pub(crate) fn new(stream: UnixStream, deadline: Duration) -> Self {
+        let client = ttrpc::r#async::Client::new(stream.into());
+        Self {
+            client: AgentServiceClient::new(client),
+            deadline,
+        }
+    }
+
+    fn bounded(&self) -> CallContext {
+        within(self.deadline)
+    }
+
+    pub(crate) async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<()> {
+        let result = self.client.create_sandbox(self.bounded(), request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("create the sandbox", error))
+    }
+
+    /// Ends everything in the guest and writes its file systems out.
+    pub(crate) async fn destroy_sandbox(&self, limit: Duration) -> Result<()> {
+        let request = DestroySandboxRequest::default();
+        let result = self.client.destroy_sandbox(within(limit), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("end the sandbox", error))
+    }
+
+    pub(crate) async fn create_container(&self, request: &CreateContainerRequest) -> Result<()> {
+        let result = self.client.create_container(self.bounded(), request).await;
+        result
+            .map(drop)
+            .map_err(|error| begin_failed("create the container", error))
+    }
+
+    pub(crate) async fn start_container(&self, container: &str) -> Result<()> {
+        let request = StartContainerRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.start_container(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| begin_failed("start the container", error))
+    }
+
+    pub(crate) async fn remove_container(&self, container: &str) -> Result<()> {
+        let request = RemoveContainerRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.remove_container(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("remove the container", error))
+    }
+
+    pub(crate) async fn exec(&self, request: &ExecProcessRequest) -> Result<()> {
+        let result = self.client.exec_process(self.bounded(), request).await;
+        result
+            .map(drop)
+            .map_err(|error| begin_failed("exec", error))
+    }
+
+    pub(crate) async fn signal(&self, process: &ProcessName, signal: u32) -> Result<()> {
+        let request = SignalProcessRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            signal,
+            ..Default::default()
+        };
+        let result = self.client.signal_process(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("signal the process", error))
+    }
+
+    /// Waits for a process's end; its exit status.
+    pub(crate) async fn wait(&self, process: &ProcessName) -> Result<u32> {
+        let request = WaitProcessRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            ..Default::default()
+        };
+        let result = self
+            .client
+            .wait_process(CallContext::default(), &request)
+            .await;
+        result
+            .map(|response| response.status.cast_unsigned())
+            .map_err(|error| failed("wait for the process", error))
+    }
+
+    pub(crate) async fn update(&self, container: &str, resources: LinuxResources) -> Result<()> {
+        let request = UpdateContainerRequest {
+            container_id: container.to_owned(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        let result = self.client.update_container(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("update the container", error))
+    }
+
+    pub(crate) async fn stats(&self, container: &str) -> Result<StatsContainerResponse> {
+        let request = StatsContainerRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.stats_container(self.bounded(), &request).await;
+        result.map_err(|error| failed("read the container's statistics", error))
+    }
+
+    pub(crate) async fn pause(&self, container: &str) -> Result<()> {
+        let request = PauseContainerRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.pause_container(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("pause the container", error))
+    }
+
+    pub(crate) async fn resume(&self, container: &str) -> Result<()> {
+        let request = ResumeContainerRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.resume_container(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("resume the container", error))
+    }
+
+    /// Waits for output; empty at its end.
+    pub(crate) async fn read(
+        &self,
+        process: &ProcessName,
+        stream: Output,
+        length: u32,
+    ) -> Result<Vec<u8>> {
+        let request = ReadStreamRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            len: length,
+            ..Default::default()
+        };
+        let context = CallContext::default();
+        let result = match stream {
+            Output::Stdout => self.client.read_stdout(context, &request).await,
+            Output::Stderr => self.client.read_stderr(context, &request).await,
+        };
+        result
+            .map(|response| response.data)
+            .map_err(|error| failed("read the output", error))
+    }
+
+    /// Writes input; how many bytes the process's stream took.
+    pub(crate) async fn write(&self, process: &ProcessName, data: Vec<u8>) -> Result<usize> {
+        let request = WriteStreamRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            data,
+            ..Default::default()
+        };
+        let result = self
+            .client
+            .write_stdin(CallContext::default(), &request)
+            .await;
+        result
+            .map(|response| usize::try_from(response.len).unwrap_or(usize::MAX))
+            .map_err(|error| failed("write the input", error))
+    }
+
+    pub(crate) async fn close_stdin(&self, process: &ProcessName) -> Result<()> {
+        let request = CloseStdinRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            ..Default::default()
+        };
+        let result = self.client.close_stdin(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("close the input", error))
+    }
+
+    pub(crate) async fn resize(&self, process: &ProcessName, row: u32, column: u32) -> Result<()> {
+        let request = TtyWinResizeRequest {
+            container_id: process.container.clone(),
+            exec_id: process.exec.clone(),
+            row,
+            column,
+            ..Default::default()
+        };
+        let result = self.client.tty_win_resize(self.bounded(), &request).await;
+        result
+            .map(drop)
+            .map_err(|error| failed("resize the terminal", error))
+    }
+
+    /// Waits for a container to run out of memory; which one.
+    pub(crate) async fn out_of_memory(&self) -> Result<String> {
+        let request = GetOOMEventRequest::default();
+        let result = self
+            .client
+            .get_oom_event(CallContext::default(), &request)
+            .await;
+        result
+            .map(|event| event.container_id)
+            .map_err(|error| failed("wait for out-of-memory events", error))
+    }
+}
+
+fn within(limit: Duration) -> CallContext {
+    ttrpc::context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
+}
+
+/// An answer of the agent, or its silence, in the runtime's terms.
+fn failed(what: &str, error: ttrpc::Error) -> ShimError {
+    let kind = match &error {
+        ttrpc::Error::RpcStatus(status) => match status.code() {
+            Code::NOT_FOUND => Kind::NotFound,
+            Code::ALREADY_EXISTS => Kind::AlreadyExists,
+            Code::INVALID_ARGUMENT => Kind::InvalidArgument,
+            Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
+            Code::UNIMPLEMENTED => Kind::Unimplemented,
+            Code::UNAVAILABLE => Kind::Unavailable,
+            Code::DEADLINE_EXCEEDED => Kind::DeadlineExceeded,
+            _ => Kind::Internal,
+        },
+        ttrpc::Error::Others(text) if text.contains("deadline") || text.contains("timeout") => {
+            Kind::DeadlineExceeded
+        }
+        _ => Kind::Unavailable,
+    };
+    let detail = match error {
+        // What the agent says is a sentence of its own.
+        ttrpc::Error::RpcStatus(status) => return ShimError::new(kind, status.message),
+        _ if kind == Kind::DeadlineExceeded => "the agent did not answer in time".to_owned(),
+        other => format!("the connection to the agent failed: {other}"),
+    };
+    ShimError::new(kind, format!("{what}: {detail}"))
+}
+
+/// For calls that bring a process up. Their "not found" is about a command or a user, and must
+/// not tell containerd that the task is gone.
+fn begin_failed(what: &str, error: ttrpc::Error) -> ShimError {
+    let error = failed(what, error);
+    match error.kind() {
+        Kind::NotFound => ShimError::new(Kind::Internal, error.chain()),
+        _ => error,
+    }
+}

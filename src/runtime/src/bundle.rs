@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A bundle: the folder that containerd prepares for a container.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::cli::check_id;
+use crate::error::{Context, Kind, Result};
+
+/// Annotations that say what a container is to its pod: containerd's and CRI-O's.
+const CONTAINER_TYPE: [&str; 2] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
+/// Annotations that name the pod's sandbox.
+const SANDBOX_ID: [&str; 2] = [
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+];
+
+/// A bundle's folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Bundle {
+    path: PathBuf,
+}
+
+/// The sandbox that a container belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Membership {
+    /// The container makes the sandbox: a single one, or a pod's first.
+    Owner(String),
+    /// The container comes into the sandbox of this name.
+    Member(String),
+}
+
+impl Membership {
+    pub(crate) fn id(&self) -> &str {
+        match self {
+            Self::Owner(id) | Self::Member(id) => id,
+        }
+    }
+
+    pub(crate) fn is_member(&self) -> bool {
+        matches!(self, Self::Member(_))
+    }
+}
+
+/// The part of the configuration that says where a container belongs.
+#[derive(Deserialize)]
+struct Annotated {
+    #[serde(default)]
+    annotations: HashMap<String, String>,
+}
+
+impl Bundle {
+    /// The bundle at `path`, or in the working directory.
+    pub(crate) fn open(path: Option<&Path>) -> Result<Self> {
+        let path = std::path::absolute(path.unwrap_or_else(|| Path::new(".")))
+            .context(Kind::InvalidArgument, || "bundle".to_owned())?;
+        Ok(Self { path })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The text of the OCI configuration.
+    pub(crate) fn configuration(&self) -> Result<Vec<u8>> {
+        let path = self.path.join("config.json");
+        fs::read(&path).context(Kind::InvalidArgument, || format!("read {}", path.display()))
+    }
+
+    /// Which sandbox the container `id` belongs to. A bundle without a configuration, as `delete`
+    /// may find it, is a sandbox of its own.
+    pub(crate) fn sandbox(&self, id: &str) -> Result<Membership> {
+        let path = self.path.join("config.json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Membership::Owner(id.to_owned()));
+            }
+            Err(error) => return Err(error).internal(|| format!("read {}", path.display())),
+        };
+        membership(id, &text)
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.path.join(name);
+        fs::write(&path, text).internal(|| format!("write {}", path.display()))
+    }
+}
+
+/// Reads the pod's annotations.
+fn membership(id: &str, configuration: &[u8]) -> Result<Membership> {
+    let annotated: Annotated = serde_json::from_slice(configuration)
+        .context(Kind::InvalidArgument, || "config.json".to_owned())?;
+    let find = |names: [&str; 2]| {
+        names
+            .iter()
+            .find_map(|&name| annotated.annotations.get(name))
+    };
+    match (find(CONTAINER_TYPE).map(String::as_str), find(SANDBOX_ID)) {
+        (Some("container"), Some(sandbox)) if sandbox != id => {
+            check_id("sandbox id", sandbox)?;
+            Ok(Membership::Member(sandbox.clone()))
+        }
+        _ => Ok(Membership::Owner(id.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_of_a_pod_joins_its_sandbox() {
+        for (kind, sandbox) in [
+            (
+                "io.kubernetes.cri.container-type",
+                "io.kubernetes.cri.sandbox-id",
+            ),
+            (
+                "io.kubernetes.cri-o.ContainerType",
+                "io.kubernetes.cri-o.SandboxID",
+            ),
+        ] {
+            let text = |what: &str| {
+                format!("{{\"annotations\":{{\"{kind}\":\"{what}\",\"{sandbox}\":\"pod\"}}}}")
+            };
+            assert_eq!(
+                membership("c1", text("container").as_bytes()).unwrap(),
+                Membership::Member("pod".to_owned())
+            );
+            assert_eq!(
+                membership("pod", text("sandbox").as_bytes()).unwrap(),
+                Membership::Owner("pod".to_owned())
+            );
+        }
+    }
+
+    #[test]
+    fn others_are_their_own_sandbox() {
+        assert_eq!(
+            membership("t1", b"{}").unwrap(),
+            Membership::Owner("t1".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_sandbox_name_is_never_a_path() {
+        let text = br#"{"annotations":{"io.kubernetes.cri.container-type":"container",
+            "io.kubernetes.cri.sandbox-id":"../../etc"}}"#;
+        assert!(membership("c1", text).is_err());
+    }
+}

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From created to deleted: the transitions of the actor's processes, each with its event.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use protobuf::MessageField;
+use protocols::agent::agent::ExecProcessRequest;
+use protocols::agent::oci;
+use protocols::containerd::task_events::{
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart,
+};
+use tokio::task::spawn_blocking;
+use tracing::{debug, info, warn};
+
+use super::{Actor, Report, SIGKILL, UNKNOWN_STATUS, answer};
+use crate::agent::ProcessName;
+use crate::container::io::Stdio;
+use crate::container::process::{Phase, Process, precondition};
+use crate::container::{Command, Exit, Reply};
+use crate::error::{Kind, Result, ShimError};
+
+impl Actor {
+    pub(super) fn add_exec(
+        &mut self,
+        exec: String,
+        stdio: Stdio,
+        spec: Box<oci::Process>,
+    ) -> Result<()> {
+        match self.init.phase {
+            Phase::Stopped(_) | Phase::Deleting(_) => {
+                return Err(precondition("the container does not run"));
+            }
+            _ if self.paused => return Err(precondition("the container is paused")),
+            _ => {}
+        }
+        if self.execs.contains_key(&exec) {
+            return Err(ShimError::new(
+                Kind::AlreadyExists,
+                format!("process {exec} exists already"),
+            ));
+        }
+        let name = ProcessName {
+            container: self.id.clone(),
+            exec: exec.clone(),
+        };
+        let mut process = Process::new(name, stdio);
+        process.spec = Some(spec);
+        self.events.publish(&TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: exec.clone(),
+            ..TaskExecAdded::default()
+        });
+        self.execs.insert(exec, process);
+        Ok(())
+    }
+
+    pub(super) fn start(&mut self, exec: String, reply: Reply<u32>) {
+        let handle = self.handle.clone();
+        let init_runs = self.init.phase == Phase::Running;
+        let process = match self.process(&exec) {
+            Ok(process) => process,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        if !exec.is_empty() && !init_runs {
+            return answer(reply, Err(precondition("the container does not run")));
+        }
+        if let Err(error) = process.begin_start() {
+            return answer(reply, Err(error));
+        }
+        let report = move |exec, result, reply| {
+            handle.tell(Command::Report(Report::Started {
+                exec,
+                result,
+                reply,
+            }));
+        };
+        let name = process.name.clone();
+        let Some(mut spec) = process.spec.take() else {
+            return self.call(|agent| async move {
+                let result = agent.start_container(&name.container).await;
+                report(exec, result, reply);
+            });
+        };
+        match process.stdio.open() {
+            Ok(streams) => process.streams = Some(streams),
+            Err(error) => return report(exec, Err(error), reply),
+        }
+        spec.Terminal = process.stdio.terminal;
+        self.call(|agent| async move {
+            let request = ExecProcessRequest {
+                container_id: name.container,
+                exec_id: name.exec,
+                process: MessageField::some(*spec),
+                ..Default::default()
+            };
+            let result = agent.exec(&request).await;
+            report(exec, result, reply);
+        });
+    }
+
+    pub(super) fn started(&mut self, exec: &str, result: Result<()>, reply: Reply<u32>) {
+        let agent = self.sandbox.agent().clone();
+        let process = match self.process(exec) {
+            Ok(process) => process,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let ended = match process.phase {
+            Phase::Starting { ended } => ended,
+            _ => None,
+        };
+        if let Err(error) = result {
+            if exec.is_empty() {
+                // The guest has ended, or will end, what it could not start.
+                process.phase = Phase::Created;
+            } else {
+                // Nothing ever ran, so nothing exits: no event.
+                process.end(Exit {
+                    status: UNKNOWN_STATUS,
+                    at: SystemTime::now(),
+                });
+            }
+            info!(
+                container = self.id,
+                exec,
+                error = error.chain(),
+                "not started"
+            );
+            answer(reply, Err(error));
+        } else {
+            process.phase = Phase::Running;
+            let streams = process.streams.take();
+            process.pumps = streams.map(|streams| streams.pump(&agent, &process.name));
+            let name = process.name.clone();
+            info!(container = self.id, exec, "started");
+            self.publish_start(exec);
+            if !exec.is_empty() {
+                self.watch(&name);
+            }
+            answer(reply, Ok(self.sandbox.pid()));
+        }
+        if let Some(exit) = ended {
+            self.ended(exec, exit);
+        }
+    }
+
+    fn publish_start(&self, exec: &str) {
+        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        if exec.is_empty() {
+            self.events.publish(&TaskStart {
+                container_id,
+                pid,
+                ..TaskStart::default()
+            });
+        } else {
+            self.events.publish(&TaskExecStarted {
+                container_id,
+                exec_id: exec.to_owned(),
+                pid,
+                ..TaskExecStarted::default()
+            });
+        }
+    }
+
+    /// A process has ended.
+    pub(super) fn ended(&mut self, exec: &str, exit: Exit) {
+        let pid = self.sandbox.pid();
+        let id = self.id.clone();
+        let Ok(process) = self.process(exec) else {
+            return;
+        };
+        match &mut process.phase {
+            Phase::Starting { ended } => {
+                *ended = Some(exit);
+                return;
+            }
+            Phase::Created | Phase::Running => {}
+            Phase::Stopped(_) | Phase::Deleting(_) => return,
+        }
+        process.end(exit);
+        info!(container = id, exec, status = exit.status, "ended");
+        self.events.publish(&TaskExit {
+            // containerd knows a container's init by the container's own name.
+            id: if exec.is_empty() {
+                id.clone()
+            } else {
+                exec.to_owned()
+            },
+            container_id: id,
+            pid,
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..TaskExit::default()
+        });
+        if exec.is_empty()
+            && let Some(reply) = self.delete.take()
+        {
+            self.remove(exit, reply);
+        }
+    }
+
+    pub(super) fn delete_exec(&mut self, exec: String, reply: Reply<(u32, Exit)>) {
+        let handle = self.handle.clone();
+        let process = match self.process(&exec) {
+            Ok(process) => process,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let exit = match process.phase {
+            // Added, but never started.
+            Phase::Created => Exit {
+                status: 0,
+                at: SystemTime::now(),
+            },
+            Phase::Stopped(exit) => exit,
+            Phase::Starting { .. } | Phase::Running => {
+                return answer(reply, Err(precondition("the process still runs")));
+            }
+            Phase::Deleting(_) => {
+                return answer(reply, Err(precondition("the process is being deleted")));
+            }
+        };
+        process.phase = Phase::Deleting(exit);
+        let pumps = process.pumps.take();
+        tokio::spawn(async move {
+            if let Some(pumps) = pumps {
+                pumps.drained().await;
+            }
+            handle.tell(Command::Report(Report::ExecDrained { exec, exit, reply }));
+        });
+    }
+
+    pub(super) fn delete(&mut self, reply: Reply<(u32, Exit)>) {
+        match self.init.phase {
+            Phase::Stopped(exit) => self.remove(exit, reply),
+            Phase::Created if self.delete.is_none() => {
+                // It exists in the guest and waits for its start: it is ended first.
+                self.delete = Some(reply);
+                let name = self.init.name.clone();
+                self.call(|agent| async move {
+                    if let Err(error) = agent.signal(&name, SIGKILL).await {
+                        debug!(
+                            container = name.container,
+                            error = error.chain(),
+                            "not killed"
+                        );
+                    }
+                });
+            }
+            Phase::Created | Phase::Deleting(_) => {
+                answer(reply, Err(precondition("the container is being deleted")));
+            }
+            Phase::Starting { .. } | Phase::Running => {
+                answer(reply, Err(precondition("the container still runs")));
+            }
+        }
+    }
+
+    /// Removes a stopped container: from the guest, then from the host.
+    fn remove(&mut self, exit: Exit, reply: Reply<(u32, Exit)>) {
+        self.init.phase = Phase::Deleting(exit);
+        let pumps = self.init.pumps.take();
+        let (id, sandbox, handle) = (
+            self.id.clone(),
+            Arc::clone(&self.sandbox),
+            self.handle.clone(),
+        );
+        tokio::spawn(async move {
+            if let Some(pumps) = pumps {
+                pumps.drained().await;
+            }
+            if !sandbox.has_ended()
+                && let Err(error) = sandbox.agent().remove_container(&id).await
+            {
+                // What stays in the guest goes with it.
+                warn!(
+                    container = id,
+                    error = error.chain(),
+                    "not removed from the guest"
+                );
+            }
+            let share = sandbox.share();
+            let result = match spawn_blocking(move || share.remove(&id)).await {
+                Ok(result) => result,
+                Err(error) => Err(ShimError::new(Kind::Internal, error.to_string())),
+            };
+            handle.tell(Command::Report(Report::Removed {
+                exit,
+                result,
+                reply,
+            }));
+        });
+    }
+
+    /// The container is removed; whether that is the actor's end.
+    pub(super) fn removed(
+        &mut self,
+        exit: Exit,
+        result: Result<()>,
+        reply: Reply<(u32, Exit)>,
+    ) -> bool {
+        if let Err(error) = result {
+            // It can be deleted again.
+            self.init.phase = Phase::Stopped(exit);
+            answer(reply, Err(error));
+            return false;
+        }
+        let pid = self.sandbox.pid();
+        self.events.publish(&TaskDelete {
+            container_id: self.id.clone(),
+            pid,
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..TaskDelete::default()
+        });
+        if self.registry.remove(&self.id) {
+            // The last one turns off the light; containerd's `Shutdown` finds it done.
+            let sandbox = Arc::clone(&self.sandbox);
+            tokio::spawn(async move {
+                if let Err(error) = sandbox.stop().await {
+                    warn!(
+                        sandbox = sandbox.id(),
+                        error = error.chain(),
+                        "not all removed"
+                    );
+                }
+            });
+        }
+        answer(reply, Ok((pid, exit)));
+        true
+    }
+}

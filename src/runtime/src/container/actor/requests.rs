@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is asked of a container that exists: signals, terminal sizes, pause, limits, statistics.
+
+use protobuf::MessageField;
+use protocols::agent::agent::StatsContainerResponse;
+use protocols::agent::oci;
+
+use super::{Actor, Report, answer};
+use crate::container::process::{Phase, precondition};
+use crate::container::{Command, Reply};
+use crate::error::{Kind, Result, ShimError};
+
+impl Actor {
+    pub(super) fn kill(&mut self, exec: &str, signal: u32, all: bool, reply: Reply<()>) {
+        let checked = self.process(exec).and_then(|process| {
+            process.check_signal()?;
+            Ok(process.name.clone())
+        });
+        let name = match checked {
+            Ok(name) => name,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let mut names = vec![name];
+        if all {
+            let running = self
+                .execs
+                .values()
+                .filter(|exec| exec.phase == Phase::Running);
+            names.extend(running.map(|exec| exec.name.clone()));
+            names.dedup();
+        }
+        self.call(|agent| async move {
+            let mut result = Ok(());
+            for (index, name) in names.iter().enumerate() {
+                let sent = agent.signal(name, signal).await;
+                // Of the others, some may have ended meanwhile.
+                if index == 0 {
+                    result = sent.map_err(|error| match error.kind() {
+                        Kind::NotFound => {
+                            ShimError::new(Kind::NotFound, "process already finished")
+                        }
+                        _ => error,
+                    });
+                }
+            }
+            answer(reply, result);
+        });
+    }
+
+    pub(super) fn resize(&mut self, exec: &str, rows: u32, columns: u32, reply: Reply<()>) {
+        let process = match self.process(exec) {
+            Ok(process) => process,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        // As with runc's shim: without a terminal there is nothing to do.
+        let ended = matches!(process.phase, Phase::Stopped(_) | Phase::Deleting(_));
+        if !process.stdio.terminal || ended {
+            return answer(reply, Ok(()));
+        }
+        if let Some(spec) = &mut process.spec {
+            // Not in the guest yet: it begins with this size.
+            spec.ConsoleSize = MessageField::some(oci::Box {
+                Height: rows,
+                Width: columns,
+                ..oci::Box::default()
+            });
+            return answer(reply, Ok(()));
+        }
+        let name = process.name.clone();
+        self.call(|agent| async move { answer(reply, agent.resize(&name, rows, columns).await) });
+    }
+
+    /// For calls that concern a container that runs.
+    fn check_running(&self) -> Result<()> {
+        if self.init.phase == Phase::Running {
+            Ok(())
+        } else {
+            Err(precondition("the container does not run"))
+        }
+    }
+
+    pub(super) fn pause(&self, reply: Reply<()>) {
+        let checked = self.check_running().and_then(|()| {
+            if self.paused {
+                Err(precondition("the container is paused"))
+            } else {
+                Ok(())
+            }
+        });
+        if let Err(error) = checked {
+            return answer(reply, Err(error));
+        }
+        let (id, handle) = (self.id.clone(), self.handle.clone());
+        self.call(|agent| async move {
+            let result = agent.pause(&id).await;
+            handle.tell(Command::Report(Report::Paused { result, reply }));
+        });
+    }
+
+    pub(super) fn resume(&self, reply: Reply<()>) {
+        let checked = self.check_running().and_then(|()| {
+            if self.paused {
+                Ok(())
+            } else {
+                Err(precondition("the container is not paused"))
+            }
+        });
+        if let Err(error) = checked {
+            return answer(reply, Err(error));
+        }
+        let (id, handle) = (self.id.clone(), self.handle.clone());
+        self.call(|agent| async move {
+            let result = agent.resume(&id).await;
+            handle.tell(Command::Report(Report::Resumed { result, reply }));
+        });
+    }
+
+    pub(super) fn update(&self, resources: oci::LinuxResources, reply: Reply<()>) {
+        let id = self.id.clone();
+        self.call(|agent| async move { answer(reply, agent.update(&id, resources).await) });
+    }
+
+    pub(super) fn stats(&self, reply: Reply<StatsContainerResponse>) {
+        let id = self.id.clone();
+        self.call(|agent| async move { answer(reply, agent.stats(&id).await) });
+    }
+}

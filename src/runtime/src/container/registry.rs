@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The containers of a shim, by name.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Handle;
+use crate::error::{Kind, Result, ShimError};
+
+/// The containers; `None` for one that is being created.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    containers: Mutex<HashMap<String, Option<Handle>>>,
+}
+
+/// A name that is taken until it is released: a create that fails gives it back.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    registry: Arc<Registry>,
+    id: String,
+    fulfilled: bool,
+}
+
+impl Registry {
+    /// Takes a name for a container that is being created.
+    pub(crate) fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation> {
+        match self.lock().entry(id.to_owned()) {
+            Entry::Occupied(_) => Err(ShimError::new(
+                Kind::AlreadyExists,
+                format!("container {id} exists already"),
+            )),
+            Entry::Vacant(entry) => {
+                entry.insert(None);
+                Ok(Reservation {
+                    registry: Arc::clone(self),
+                    id: id.to_owned(),
+                    fulfilled: false,
+                })
+            }
+        }
+    }
+
+    pub(crate) fn find(&self, id: &str) -> Result<Handle> {
+        match self.lock().get(id) {
+            Some(Some(handle)) => Ok(handle.clone()),
+            Some(None) => Err(ShimError::new(
+                Kind::FailedPrecondition,
+                format!("container {id} is being created"),
+            )),
+            None => Err(ShimError::new(
+                Kind::NotFound,
+                format!("container {id} does not exist"),
+            )),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Forgets a container; whether it was the last.
+    pub(super) fn remove(&self, id: &str) -> bool {
+        let mut containers = self.lock();
+        containers.remove(id);
+        containers.is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reservation {
+    /// The container exists.
+    pub(crate) fn fulfil(mut self, handle: Handle) {
+        self.fulfilled = true;
+        self.registry.lock().insert(self.id.clone(), Some(handle));
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.fulfilled {
+            self.registry.remove(&self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_taken_while_its_container_is_made() {
+        let registry = Arc::new(Registry::default());
+        let reservation = registry.reserve("a").unwrap();
+        assert_eq!(
+            registry.reserve("a").unwrap_err().kind(),
+            Kind::AlreadyExists
+        );
+        assert_eq!(
+            registry.find("a").unwrap_err().kind(),
+            Kind::FailedPrecondition
+        );
+        drop(reservation);
+        assert_eq!(registry.find("a").unwrap_err().kind(), Kind::NotFound);
+        assert!(registry.is_empty());
+    }
+}

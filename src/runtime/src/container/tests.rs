@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The actor against an agent that does what a test tells it to: states, codes and events.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream as StdStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::stream;
+use protobuf::well_known_types::empty::Empty;
+use protocols::agent::agent::{
+    CreateContainerRequest, ExecProcessRequest, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, WaitProcessRequest, WaitProcessResponse,
+};
+use protocols::agent::agent_ttrpc::{AgentService, create_agent_service};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, watch};
+use tokio::time::timeout;
+use ttrpc::Code;
+use ttrpc::r#async::transport::Listener;
+use ttrpc::r#async::{Server, TtrpcContext};
+
+use super::*;
+use crate::agent::Agent;
+use crate::events::{Published, Publisher};
+use crate::sandbox::Sandbox;
+
+/// An agent whose processes end, and whose starts answer, when the test says so.
+#[derive(Default)]
+struct Guest {
+    init: watch::Sender<Option<i32>>,
+    exec: watch::Sender<Option<i32>>,
+    /// Start waits for this when set.
+    start_blocked: watch::Sender<bool>,
+    start_fails: watch::Sender<bool>,
+    killed: Notify,
+}
+
+impl Guest {
+    fn process(&self, exec: &str) -> &watch::Sender<Option<i32>> {
+        if exec.is_empty() {
+            &self.init
+        } else {
+            &self.exec
+        }
+    }
+
+    async fn start(&self) -> ttrpc::Result<Empty> {
+        let _ = self
+            .start_blocked
+            .subscribe()
+            .wait_for(|blocked| !blocked)
+            .await;
+        if *self.start_fails.borrow() {
+            let text = "exec: \"nope\": not found".to_owned();
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
+                Code::NOT_FOUND,
+                text,
+            )));
+        }
+        Ok(Empty::new())
+    }
+}
+
+#[async_trait]
+impl AgentService for Guest {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        _: CreateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        _: StartContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.start().await
+    }
+
+    async fn exec_process(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        self.start().await
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: WaitProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let mut status = self.process(&request.exec_id).subscribe();
+        let status = status.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(WaitProcessResponse {
+            status,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        if request.signal == 9 {
+            self.process(&request.exec_id).send_replace(Some(137));
+            self.killed.notify_one();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        _: PauseContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        _: ResumeContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        _: RemoveContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn read_stdout(
+        &self,
+        _: &TtrpcContext,
+        _: ReadStreamRequest,
+    ) -> ttrpc::Result<ReadStreamResponse> {
+        Ok(ReadStreamResponse::new())
+    }
+
+    async fn read_stderr(
+        &self,
+        _: &TtrpcContext,
+        _: ReadStreamRequest,
+    ) -> ttrpc::Result<ReadStreamResponse> {
+        Ok(ReadStreamResponse::new())
+    }
+}
+
+struct Fixture {
+    guest: Arc<Guest>,
+    container: Handle,
+    registry: Arc<Registry>,
+    published: Published,
+    /// The connection to the agent.
+    line: StdStream,
+    _server: Server,
+}
+
+impl Fixture {
+    /// A container that was created.
+    async fn new() -> Self {
+        let guest = Arc::new(Guest::default());
+        let (ours, theirs) = StdStream::pair().unwrap();
+        let line = theirs.try_clone().unwrap();
+        let connect = |stream: StdStream| {
+            stream.set_nonblocking(true).unwrap();
+            UnixStream::from_std(stream).unwrap()
+        };
+        let once = stream::iter([Ok(connect(theirs))]);
+        // The listener stays open without another connection.
+        let listener = Listener::new(stream::StreamExt::chain(once, stream::pending()));
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(create_agent_service(guest.clone()));
+        server.start().await.unwrap();
+        let agent = Agent::new(connect(ours), Duration::from_secs(5));
+        let (events, published) = Publisher::to_test();
+        let registry = Arc::new(Registry::default());
+        let stdio = Stdio::default();
+        let container = Actor::spawn(Parts {
+            id: "c".to_owned(),
+            bundle: "/b".to_owned(),
+            streams: stdio.open().unwrap(),
+            stdio,
+            sandbox: Arc::new(Sandbox::for_test(agent)),
+            events,
+            registry: Arc::clone(&registry),
+        });
+        registry.reserve("c").unwrap().fulfil(container.clone());
+        Self {
+            guest,
+            container,
+            registry,
+            published,
+            line,
+            _server: server,
+        }
+    }
+
+    async fn start(&self, exec: &str) -> Result<u32> {
+        let exec = exec.to_owned();
+        self.container
+            .ask(|reply| Command::Start { exec, reply })
+            .await
+    }
+
+    async fn status(&self, exec: &str) -> Result<Status> {
+        let exec = exec.to_owned();
+        let state = self
+            .container
+            .ask(|reply| Command::State { exec, reply })
+            .await?;
+        Ok(state.status)
+    }
+
+    async fn wait(&self, exec: &str) -> Result<u32> {
+        let exec = exec.to_owned();
+        let wait = self.container.ask(|reply| Command::Wait { exec, reply });
+        timeout(Duration::from_secs(5), wait)
+            .await
+            .unwrap()
+            .map(|exit| exit.status)
+    }
+
+    async fn kill(&self, exec: &str, signal: u32) -> Result<()> {
+        let exec = exec.to_owned();
+        let all = false;
+        self.container
+            .ask(|reply| Command::Kill {
+                exec,
+                signal,
+                all,
+                reply,
+            })
+            .await
+    }
+
+    async fn delete(&self, exec: &str) -> Result<u32> {
+        let exec = exec.to_owned();
+        let answer = self
+            .container
+            .ask(|reply| Command::Delete { exec, reply })
+            .await;
+        answer.map(|(_, exit)| exit.status)
+    }
+
+    async fn add_exec(&self, exec: &str) -> Result<()> {
+        let (exec, stdio, spec) = (exec.to_owned(), Stdio::default(), Box::default());
+        self.container
+            .ask(|reply| Command::Exec {
+                exec,
+                stdio,
+                spec,
+                reply,
+            })
+            .await
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.container.ask(|reply| Command::Pause { reply }).await
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.container.ask(|reply| Command::Resume { reply }).await
+    }
+
+    fn events(&mut self) -> Vec<String> {
+        self.published.topics()
+    }
+}
+
+fn kind<T: std::fmt::Debug>(result: Result<T>) -> Kind {
+    result.unwrap_err().kind()
+}
+
+#[tokio::test]
+async fn a_life_in_order() {
+    let mut it = Fixture::new().await;
+    assert_eq!(it.status("").await.unwrap(), Status::Created);
+    assert_eq!(kind(it.pause().await), Kind::FailedPrecondition);
+    it.start("").await.unwrap();
+    assert_eq!(kind(it.start("").await), Kind::FailedPrecondition);
+    assert_eq!(it.status("").await.unwrap(), Status::Running);
+    assert_eq!(kind(it.delete("").await), Kind::FailedPrecondition);
+
+    it.pause().await.unwrap();
+    assert_eq!(it.status("").await.unwrap(), Status::Paused);
+    assert_eq!(kind(it.pause().await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.add_exec("late").await), Kind::FailedPrecondition);
+    it.resume().await.unwrap();
+    assert_eq!(kind(it.resume().await), Kind::FailedPrecondition);
+
+    it.add_exec("e").await.unwrap();
+    assert_eq!(kind(it.add_exec("e").await), Kind::AlreadyExists);
+    assert_eq!(kind(it.kill("e", 15).await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.kill("other", 15).await), Kind::NotFound);
+    it.start("e").await.unwrap();
+    it.guest.exec.send_replace(Some(42));
+    assert_eq!(it.wait("e").await.unwrap(), 42);
+    assert_eq!(it.delete("e").await.unwrap(), 42);
+    assert_eq!(kind(it.status("e").await), Kind::NotFound);
+
+    it.kill("", 9).await.unwrap();
+    assert_eq!(it.wait("").await.unwrap(), 137);
+    assert_eq!(kind(it.kill("", 9).await), Kind::NotFound);
+    assert_eq!(kind(it.add_exec("f").await), Kind::FailedPrecondition);
+    assert_eq!(it.delete("").await.unwrap(), 137);
+    assert!(it.registry.is_empty());
+    assert_eq!(kind(it.status("").await), Kind::NotFound);
+    assert_eq!(
+        it.events(),
+        [
+            "start",
+            "paused",
+            "resumed",
+            "exec-added",
+            "exec-started",
+            "exit",
+            "exit",
+            "delete"
+        ]
+        .map(|name| format!("/tasks/{name}"))
+    );
+}
+
+#[tokio::test]
+async fn an_end_before_the_start_s_answer_waits_for_it() {
+    let mut it = Fixture::new().await;
+    it.guest.start_blocked.send_replace(true);
+    let container = it.container.clone();
+    let exec = String::new();
+    let start =
+        tokio::spawn(async move { container.ask(|reply| Command::Start { exec, reply }).await });
+    it.guest.init.send_replace(Some(3));
+    // While the start hangs, everything else answers.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let status = timeout(Duration::from_millis(50), it.status(""))
+        .await
+        .unwrap();
+    assert_eq!(status.unwrap(), Status::Created);
+    assert_eq!(it.events(), [""; 0]);
+    it.guest.start_blocked.send_replace(false);
+    start.await.unwrap().unwrap();
+    assert_eq!(it.wait("").await.unwrap(), 3);
+    assert_eq!(it.events(), ["/tasks/start", "/tasks/exit"]);
+}
+
+#[tokio::test]
+async fn a_container_that_was_never_started_is_ended_and_deleted() {
+    let mut it = Fixture::new().await;
+    assert_eq!(it.delete("").await.unwrap(), 137);
+    timeout(Duration::from_secs(1), it.guest.killed.notified())
+        .await
+        .unwrap();
+    assert_eq!(it.events(), ["/tasks/exit", "/tasks/delete"]);
+}
+
+#[tokio::test]
+async fn a_missing_command_is_no_missing_container() {
+    let mut it = Fixture::new().await;
+    it.start("").await.unwrap();
+    it.guest.start_fails.send_replace(true);
+    it.add_exec("e").await.unwrap();
+    let error = it.start("e").await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Internal);
+    assert_eq!(error.chain(), "exec: \"nope\": not found");
+    // It never ran: no exit, and it can be deleted.
+    it.delete("e").await.unwrap();
+    assert_eq!(it.events(), ["/tasks/start", "/tasks/exec-added"]);
+}
+
+#[tokio::test]
+async fn a_container_whose_machine_dies_ends_once() {
+    let mut it = Fixture::new().await;
+    it.start("").await.unwrap();
+    // The connection to the agent breaks.
+    it.line.shutdown(Shutdown::Both).unwrap();
+    assert_eq!(it.wait("").await.unwrap(), 255);
+    assert_eq!(it.delete("").await.unwrap(), 255);
+    assert_eq!(
+        it.events(),
+        ["/tasks/start", "/tasks/exit", "/tasks/delete"]
+    );
+}

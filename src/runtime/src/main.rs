@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `containerd-shim-kata-v2`: a containerd runtime v2 shim whose containers run in a virtual
+//! machine.
+//!
+//! One binary, three lives: the short-lived commands that containerd runs (`start`, `delete`), the
+//! shim that serves a sandbox's containers, and, as the shim's child, the virtual machine monitor.
+//! The shim speaks ttrpc with containerd on one side and with the guest's agent on the other, and
+//! typed control messages with its monitor.
+
+mod agent;
+mod bundle;
+mod cli;
+mod config;
+mod container;
+mod delete;
+mod error;
+mod events;
+mod logging;
+mod mount;
+mod paths;
+mod process;
+mod raw;
+mod sandbox;
+mod serve;
+mod service;
+mod spec;
+mod start;
+
+use std::env;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use protobuf::{Message, MessageField};
+use protocols::containerd::runtime_info::{RuntimeInfo, RuntimeVersion};
+use rustix::thread::set_name;
+
+use crate::cli::{Action, Arguments};
+use crate::error::{Context, Result};
+
+fn main() -> ExitCode {
+    let arguments = match cli::parse(env::args_os().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(error) => return fail(&error.chain()),
+    };
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error.chain()),
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    // What `ps` and `pgrep` show; without it, a process started from /proc/self/exe is "exe".
+    let name = match arguments.action {
+        Action::Vmm => c"vmm",
+        _ => c"containerd-shim",
+    };
+    set_name(name).internal(|| "name the process".to_owned())?;
+    match arguments.action {
+        Action::Start => start::run(arguments)?,
+        Action::Delete => delete::run(arguments)?,
+        Action::Serve => serve::run(arguments)?,
+        Action::Vmm => {
+            logging::start(arguments.debug);
+            vmm::process::run().internal(|| "virtual machine monitor".to_owned())?;
+        }
+        Action::Info => info()?,
+        Action::Version => version(),
+    }
+    Ok(())
+}
+
+/// For containerd from 2.0 on, which asks before it lists a runtime.
+fn info() -> Result<()> {
+    let info = RuntimeInfo {
+        name: "io.containerd.kata.v2".to_owned(),
+        version: MessageField::some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..RuntimeVersion::default()
+        }),
+        ..RuntimeInfo::default()
+    };
+    let bytes = info
+        .write_to_bytes()
+        .internal(|| "encode the information".to_owned())?;
+    io::stdout()
+        .write_all(&bytes)
+        .internal(|| "print the information".to_owned())
+}
+
+fn version() {
+    let _ = writeln!(
+        io::stdout(),
+        "containerd-shim-kata-v2 (Nutshell) {}",
+        env!("CARGO_PKG_VERSION")
+    );
+}
+
+/// containerd shows what a failed command printed, so it is the reason and nothing else.
+fn fail(reason: &str) -> ExitCode {
+    let _ = writeln!(io::stderr(), "{reason}");
+    ExitCode::FAILURE
+}

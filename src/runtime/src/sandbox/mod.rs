@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A sandbox: one virtual machine, its agent, and the files that it shares with the guest.
+//!
+//! It is made with its first container and lives until its last is deleted. Every object that it
+//! makes on the host is in the journal first.
+
+pub(crate) mod journal;
+mod share;
+mod vm;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, stderr};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use protocols::agent::agent::{CreateSandboxRequest, Storage};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use self::journal::{Journal, Object};
+pub(crate) use self::share::Share;
+use self::vm::{Machine, Vm};
+use crate::agent::Agent;
+use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS};
+use crate::error::{Context, Kind, Result, ShimError};
+use crate::paths;
+use crate::process::ProcessId;
+use crate::spec::Spec;
+
+/// The agent's vsock port.
+const AGENT_PORT: u32 = 1024;
+
+/// How long the guest may take to end what runs in it and to write its files out.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// How long a connection to a listening agent may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What every guest boots with. The console is polled and says nothing while all is well, and
+/// still holds the reason when it isn't; no serial port is probed for. `quiet` comes first: from
+/// `earlycon` on, all that was logged before goes out a byte an exit. There is no IOAPIC to find.
+const CMDLINE: &str = "quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic \
+    root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
+    agent.ready_vport=1024 agent.boot_progress";
+
+/// The same with a console that shows the whole boot.
+const DEBUG_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 \
+    root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
+    agent.ready_vport=1024 agent.boot_progress";
+
+/// A sandbox whose machine runs, or ran.
+#[derive(Debug)]
+pub(crate) struct Sandbox {
+    id: String,
+    share: Arc<Share>,
+    vm: Vm,
+    agent: Agent,
+    config: Config,
+    journal: Mutex<Option<Journal>>,
+}
+
+/// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
+#[derive(Debug)]
+pub(crate) struct Booting {
+    id: String,
+    name: String,
+    share: Arc<Share>,
+    vm: Vm,
+    config: Config,
+    journal: Journal,
+    begun: Instant,
+}
+
+impl Booting {
+    /// Makes the sandbox's host objects and starts its machine, large enough for `spec`.
+    ///
+    /// On failure nothing is left behind.
+    pub(crate) fn start(id: &str, name: &str, config: Config, spec: &Spec) -> Result<Self> {
+        let mut journal = Journal::create(paths::journal(name))?;
+        match Self::start_with(id, name, config, spec, &mut journal) {
+            Ok((share, vm, config)) => Ok(Self {
+                id: id.to_owned(),
+                name: name.to_owned(),
+                share: Arc::new(share),
+                vm,
+                config,
+                journal,
+                begun: Instant::now(),
+            }),
+            Err(error) => {
+                remove(journal);
+                Err(error)
+            }
+        }
+    }
+
+    fn start_with(
+        id: &str,
+        name: &str,
+        config: Config,
+        spec: &Spec,
+        journal: &mut Journal,
+    ) -> Result<(Share, Vm, Config)> {
+        let kvm = open_kvm()?;
+        let kernel = open("guest kernel", &config.kernel)?;
+        let image = open("guest image", &config.image)?;
+        let (vcpus, memory_mib) = size(&config, spec)?;
+        journal.record(Object::Process(
+            ProcessId::own().internal(|| "own process".to_owned())?,
+        ))?;
+        let vsock_path = paths::vsock(name);
+        if let Some(folder) = vsock_path.parent() {
+            journal.make_folder(folder)?;
+        }
+        journal.record(Object::File(vsock_path.clone()))?;
+        let vsock = UnixListener::bind(&vsock_path)
+            .internal(|| format!("listen at {}", vsock_path.display()))?;
+        let share_path = paths::share(name);
+        journal.make_folder(&share_path)?;
+        let share = Share::create(&share_path)?;
+        let mut cmdline = if config.guest_console {
+            DEBUG_CMDLINE
+        } else {
+            CMDLINE
+        }
+        .to_owned();
+        if config.agent_debug {
+            cmdline.push_str(" agent.log=debug");
+        }
+        if !config.kernel_params.is_empty() {
+            cmdline.push(' ');
+            cmdline.push_str(&config.kernel_params);
+        }
+        let console = if config.guest_console {
+            Some(
+                stderr()
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .internal(|| "console".to_owned())?,
+            )
+        } else {
+            None
+        };
+        info!(sandbox = id, vcpus, memory_mib, "booting");
+        let started = share.open().and_then(|directory| {
+            Vm::start(&Machine {
+                vcpus,
+                memory_mib,
+                cmdline,
+                kvm,
+                kernel,
+                image,
+                share: directory,
+                vsock: vsock.into(),
+                console,
+            })
+        });
+        let recorded = started.and_then(|vm| {
+            let process =
+                ProcessId::of(vm.pid()).internal(|| "the machine's process".to_owned())?;
+            journal.record(Object::Process(process))?;
+            Ok(vm)
+        });
+        match recorded {
+            Ok(vm) => Ok((share, vm, config)),
+            Err(error) => {
+                if let Err(error) = share.close() {
+                    warn!(error = error.chain(), "shared tree not unmounted");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The shared tree, to prepare while the machine boots.
+    pub(crate) fn share(&self) -> Arc<Share> {
+        Arc::clone(&self.share)
+    }
+
+    /// Waits for the agent and sets the sandbox up in the guest.
+    pub(crate) async fn finish(self, hostname: &str) -> Result<Sandbox> {
+        match self.connect(hostname).await {
+            Ok(agent) => {
+                info!(
+                    sandbox = self.id,
+                    milliseconds = self.begun.elapsed().as_millis(),
+                    "agent ready"
+                );
+                Ok(Sandbox {
+                    id: self.id,
+                    share: self.share,
+                    vm: self.vm,
+                    agent,
+                    config: self.config,
+                    journal: Mutex::new(Some(self.journal)),
+                })
+            }
+            Err(error) => {
+                self.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes everything back.
+    pub(crate) async fn abandon(self) {
+        self.vm.stop().await;
+        if let Err(error) = self.share.close() {
+            warn!(error = error.chain(), "shared tree not unmounted");
+        }
+        remove(self.journal);
+    }
+
+    async fn connect(&self, hostname: &str) -> Result<Agent> {
+        let files = format!(
+            "kernel {}, image {}",
+            self.config.kernel.display(),
+            self.config.image.display()
+        );
+        self.vm.ready(self.config.boot_timeout, &files).await?;
+        let stream = dial(&paths::vsock(&self.name)).await?;
+        let agent = Agent::new(stream, self.config.call_timeout);
+        let request = CreateSandboxRequest {
+            hostname: hostname.to_owned(),
+            sandbox_id: self.id.clone(),
+            storages: vec![Storage {
+                driver: "virtio-fs".to_owned(),
+                source: "kataShared".to_owned(),
+                fstype: "virtiofs".to_owned(),
+                options: vec!["nodev".to_owned()],
+                mount_point: share::GUEST_ROOT.to_owned(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        agent.create_sandbox(&request).await?;
+        Ok(agent)
+    }
+}
+
+impl Sandbox {
+    /// A sandbox without a machine's files: a process that stands for it, and an agent.
+    #[cfg(test)]
+    pub(crate) fn for_test(agent: Agent) -> Self {
+        Self {
+            id: "test".to_owned(),
+            share: Arc::new(Share::for_test()),
+            vm: Vm::for_test(),
+            agent,
+            config: Config::load(None).unwrap(),
+            journal: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub(crate) fn share(&self) -> Arc<Share> {
+        Arc::clone(&self.share)
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The process that stands for every process of the guest.
+    pub(crate) fn pid(&self) -> u32 {
+        self.vm.pid()
+    }
+
+    /// Waits for the machine's end; why it ended.
+    pub(crate) async fn ended(&self) -> String {
+        self.vm.ended().await.describe()
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.vm.has_ended()
+    }
+
+    /// Ends a machine whose agent can't be reached any more.
+    pub(crate) async fn kill(&self) {
+        self.vm.stop().await;
+    }
+
+    /// Ends the sandbox and removes everything of it from the host. Called again, it waits for
+    /// the first call's end.
+    pub(crate) async fn stop(&self) -> Result<()> {
+        let mut journal = self.journal.lock().await;
+        let Some(journal) = journal.take() else {
+            return Ok(());
+        };
+        if !self.vm.has_ended() {
+            // What the guest has not written yet would be lost with it.
+            if let Err(error) = self.agent.destroy_sandbox(GOODBYE).await {
+                debug!(sandbox = self.id, error = error.chain(), "no orderly end");
+            }
+            self.vm.stop().await;
+        }
+        let closed = self.share.close();
+        journal.close().and(closed)
+    }
+}
+
+/// For a sandbox that was not to be: the first error is the one to report.
+fn remove(journal: Journal) {
+    if let Err(error) = journal.close() {
+        warn!(error = error.chain(), "not all removed");
+    }
+}
+
+fn open_kvm() -> Result<File> {
+    let context = |error: &io::Error| match error.kind() {
+        io::ErrorKind::NotFound => "this host has no KVM: open /dev/kvm",
+        io::ErrorKind::PermissionDenied => "KVM may not be used: open /dev/kvm",
+        _ => "open /dev/kvm",
+    };
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(|error| {
+            ShimError::new(
+                Kind::FailedPrecondition,
+                format!("{}: {error}", context(&error)),
+            )
+        })
+}
+
+fn open(what: &str, path: &Path) -> Result<File> {
+    let context = || format!("{what} {}", path.display());
+    let file = File::open(path).context(Kind::FailedPrecondition, context)?;
+    let metadata = file.metadata().internal(context)?;
+    if !metadata.is_file() || metadata.len() == 0 {
+        return Err(ShimError::new(
+            Kind::FailedPrecondition,
+            format!("{}: not a file with contents", context()),
+        ));
+    }
+    Ok(file)
+}
+
+/// The machine's size: what its container's limits ask for and what the guest needs beside, or as
+/// configured where there is no limit. Memory that is never used still costs at boot, where the
+/// kernel describes every page.
+fn size(config: &Config, spec: &Spec) -> Result<(u8, u32)> {
+    /// What the guest needs beside the container, in MiB.
+    const OVERHEAD: u64 = 64;
+    /// The least for a container with a limit, in MiB: room for the guest's page cache.
+    const FLOOR: u64 = 256;
+    let configured = u64::from(config.memory_mib);
+    let resources = spec.linux.resources.as_ref();
+    let limit = resources.and_then(|resources| resources.memory.as_ref()?.limit);
+    let memory = limit
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        // A limit that no host has is no limit.
+        .filter(|&bytes| bytes > 0 && bytes < 1 << 40)
+        .map_or(configured, |bytes| {
+            let wanted = (bytes >> 20).saturating_add(OVERHEAD);
+            wanted.max(FLOOR.min(configured))
+        });
+    let memory = u32::try_from(memory).internal(|| "memory".to_owned())?;
+    if memory < LEAST_MEMORY {
+        return Err(ShimError::new(
+            Kind::InvalidArgument,
+            format!("{memory} MiB of memory: a guest needs at least {LEAST_MEMORY}"),
+        ));
+    }
+    let cpu = resources.and_then(|resources| resources.cpu.as_ref());
+    let wanted = cpu
+        .and_then(|cpu| {
+            let quota = u64::try_from(cpu.quota?).ok()?;
+            let period = cpu.period.filter(|&period| period > 0)?;
+            Some(quota.div_ceil(period))
+        })
+        .unwrap_or(0);
+    let vcpus = u8::try_from(wanted)
+        .unwrap_or(MOST_VCPUS)
+        .clamp(config.vcpus, MOST_VCPUS);
+    Ok((vcpus, memory))
+}
+
+/// Connects to the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
+async fn dial(path: &Path) -> Result<UnixStream> {
+    let context = || format!("connect to the agent at {}", path.display());
+    let handshake = async {
+        let mut stream = UnixStream::connect(path).await?;
+        stream
+            .write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())
+            .await?;
+        let mut line = Vec::new();
+        // Byte by byte: what follows the line is the agent's.
+        while line.last() != Some(&b'\n') {
+            if line.len() > 32 {
+                return Err(io::Error::other("the answer to CONNECT is too long"));
+            }
+            line.push(stream.read_u8().await?);
+        }
+        if line.starts_with(b"OK ") {
+            Ok(stream)
+        } else {
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            Err(io::Error::other(format!(
+                "CONNECT was answered by {line:?}"
+            )))
+        }
+    };
+    timeout(DIAL_TIMEOUT, handshake)
+        .await
+        .context(Kind::DeadlineExceeded, context)?
+        .context(Kind::Unavailable, context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec;
+
+    fn sized(resources: &str) -> (u8, u32) {
+        let text = format!("{{\"linux\": {{\"resources\": {resources}}}}}");
+        let config = Config::load(None).unwrap();
+        size(&config, &spec::read(text.as_bytes()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_machine_is_as_large_as_its_limits_ask() {
+        assert_eq!(sized("{}"), (1, 2048));
+        assert_eq!(sized(r#"{"memory": {"limit": 67108864}}"#), (1, 256));
+        assert_eq!(sized(r#"{"memory": {"limit": 4294967296}}"#), (1, 4160));
+        assert_eq!(sized(r#"{"memory": {"limit": -1}}"#), (1, 2048));
+        assert_eq!(
+            sized(r#"{"memory": {"limit": 9223372036854771712}}"#),
+            (1, 2048)
+        );
+        assert_eq!(
+            sized(r#"{"cpu": {"quota": 250000, "period": 100000}}"#),
+            (3, 2048)
+        );
+        assert_eq!(
+            sized(r#"{"cpu": {"quota": 99000000, "period": 1000}}"#),
+            (32, 2048)
+        );
+    }
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The tree of files that a sandbox's guest sees over virtio-fs.
+//!
+//! The tree is a small tmpfs in the shim's own mount namespace, over an empty folder of the host:
+//!
+//! ```text
+//! <share>/rw/passthrough/<container>/rootfs       the container's root file system
+//! <share>/rw/passthrough/<container>/volumes/<n>  what it binds from the host
+//! <share>/ro                                      the same, which the guest gets
+//! ```
+//!
+//! The guest gets a read-only view of the tmpfs, into which the mounts made in `rw` propagate as
+//! writable as they are. So it can write to what it was given and to nothing else: it can't fill
+//! the host's memory, and it can't put a link where the shim mounts next. Nothing has to be
+//! removed after a crash but the one empty folder.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use protocols::containerd::mount::Mount;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+
+use crate::error::{Context, Kind, Result, ShimError};
+use crate::mount::{self, Tree};
+use crate::spec::Bind;
+
+/// Where the agent mounts the tree.
+pub(crate) const GUEST_ROOT: &str = "/run/kata-containers/shared/containers";
+
+/// Folders and empty files only: mount points.
+const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
+
+/// The shared tree.
+#[derive(Debug)]
+pub(crate) struct Share {
+    root: PathBuf,
+}
+
+impl Share {
+    /// Makes the tree over the folder `root`.
+    pub(crate) fn create(root: &Path) -> Result<Self> {
+        let context = || format!("make the shared tree at {}", root.display());
+        let share = Self {
+            root: root.to_owned(),
+        };
+        rustix::mount::mount(
+            "tmpfs",
+            root,
+            "tmpfs",
+            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+            Some(
+                std::ffi::CString::new(TMPFS_OPTIONS)
+                    .internal(context)?
+                    .as_c_str(),
+            ),
+        )
+        .internal(context)?;
+        // What follows stays inside the tmpfs: it must not spread from here either.
+        let private = MountPropagationFlags::PRIVATE;
+        rustix::mount::mount_change(root, private).internal(context)?;
+        let (writable, guest) = (share.writable(), share.guest());
+        make_folder(&writable.join("passthrough"))?;
+        make_folder(&guest)?;
+        mount::bind(&writable, &writable, Tree::Single, None)?;
+        rustix::mount::mount_change(&writable, MountPropagationFlags::SHARED).internal(context)?;
+        mount::bind(&writable, &guest, Tree::Single, Some(Tree::Single))?;
+        // Takes what happens in `rw`, gives nothing back.
+        let downstream = MountPropagationFlags::DOWNSTREAM;
+        rustix::mount::mount_change(&guest, downstream).internal(context)?;
+        Ok(share)
+    }
+
+    /// A tree that isn't there: nothing was mounted.
+    #[cfg(test)]
+    pub(crate) fn for_test() -> Self {
+        Self {
+            root: PathBuf::from("/nonexistent"),
+        }
+    }
+
+    /// The folder that the guest gets.
+    pub(crate) fn open(&self) -> Result<OwnedFd> {
+        let guest = self.guest();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(CWD, &guest, flags, Mode::empty())
+            .internal(|| format!("open {}", guest.display()))
+    }
+
+    /// Mounts a container's root file system: a snapshotter's mounts, or, where it has none, the
+    /// folder that the specification names.
+    pub(crate) fn add_rootfs(
+        &self,
+        container: &str,
+        mounts: &[Mount],
+        folder: &Path,
+    ) -> Result<()> {
+        let target = self.container(container).join("rootfs");
+        make_folder(&target)?;
+        if mounts.is_empty() {
+            mount::bind(folder, &target, Tree::Recursive, None)
+        } else {
+            mount::mount_all(mounts, &target)
+        }
+    }
+
+    /// Where the guest finds a container's root file system.
+    pub(crate) fn rootfs_in_guest(container: &str) -> String {
+        format!("{GUEST_ROOT}/passthrough/{container}/rootfs")
+    }
+
+    /// Where the guest finds what a container binds.
+    pub(crate) fn volume_in_guest(container: &str, bind: &Bind) -> String {
+        format!(
+            "{GUEST_ROOT}/passthrough/{container}/volumes/{}",
+            bind.mount
+        )
+    }
+
+    /// Shares a file or folder of the host with a container.
+    pub(crate) fn add_volume(&self, container: &str, bind: &Bind) -> Result<()> {
+        let source = &bind.source;
+        let metadata = fs::metadata(source).context(Kind::InvalidArgument, || {
+            format!("mount {}", source.display())
+        })?;
+        let volumes = self.container(container).join("volumes");
+        make_folder(&volumes)?;
+        let target = volumes.join(bind.mount.to_string());
+        if metadata.is_dir() {
+            make_folder(&target)?;
+        } else if metadata.is_file() {
+            File::create_new(&target).internal(|| format!("create {}", target.display()))?;
+        } else {
+            return Err(ShimError::new(
+                Kind::InvalidArgument,
+                format!(
+                    "mount {}: only files and folders can be shared with the guest",
+                    source.display()
+                ),
+            ));
+        }
+        mount::bind(source, &target, bind.tree, bind.read_only)
+    }
+
+    /// Takes all of a container's mounts away, in the guest's view as well.
+    pub(crate) fn remove(&self, container: &str) -> Result<()> {
+        let folder = self.container(container);
+        let context = || format!("unmount {}", folder.display());
+        let mut targets = vec![folder.join("rootfs")];
+        if let Ok(volumes) = fs::read_dir(folder.join("volumes")) {
+            targets.extend(volumes.flatten().map(|entry| entry.path()));
+        }
+        for target in &targets {
+            match mount::unmount(target) {
+                Ok(()) => {}
+                // Never mounted: the create failed before.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
+                }
+                Err(error) => return Err(error).internal(context),
+            }
+            // Not recursive: below a mount that stayed there is somebody's data.
+            let removed = fs::remove_dir(target).or_else(|_| fs::remove_file(target));
+            if let Err(error) = removed
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(error).internal(context);
+            }
+        }
+        for folder in [folder.join("volumes"), folder.clone()] {
+            // Absent where the container had no volumes.
+            let _ = fs::remove_dir(folder);
+        }
+        Ok(())
+    }
+
+    /// Takes the tree away, with all that is still mounted in it.
+    pub(crate) fn close(&self) -> Result<()> {
+        mount::unmount(&self.root).internal(|| format!("unmount {}", self.root.display()))
+    }
+
+    fn writable(&self) -> PathBuf {
+        self.root.join("rw")
+    }
+
+    fn guest(&self) -> PathBuf {
+        self.root.join("ro")
+    }
+
+    fn container(&self, container: &str) -> PathBuf {
+        self.writable().join("passthrough").join(container)
+    }
+}
+
+fn make_folder(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .internal(|| format!("create {}", path.display()))
+}

@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The sandbox's virtual machine: a child process in the role `vmm`, and what it reports.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
+use tracing::{debug, error, info};
+use vmm::client::{ClientError, VmmProcess};
+use vmm::control::{
+    Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache,
+    PROTOCOL_VERSION, Request, VmConfig, Vsock,
+};
+
+use crate::cli::{PROGRAM, VMM_ROLE};
+use crate::error::{Context, Kind, Result, ShimError};
+
+/// The vsock port of the host that the agent connects to when it listens.
+pub(crate) const READY_PORT: u32 = 1024;
+
+/// The guest's CID. Each machine has a socket device of its own, so all may have the same.
+const GUEST_CID: u32 = 3;
+
+/// How long a machine may take to stop before its process is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How much of the guest's last output an error message shows.
+const CONSOLE_LINES: usize = 6;
+
+/// What a machine is made of: sizes, and everything it uses as an open file.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+    pub(crate) cmdline: String,
+    pub(crate) kvm: File,
+    pub(crate) kernel: File,
+    pub(crate) image: File,
+    /// The tree that the guest mounts by the tag `kataShared`.
+    pub(crate) share: OwnedFd,
+    /// The listening socket of the guest's vsock.
+    pub(crate) vsock: OwnedFd,
+    /// Where the guest's console goes; nowhere but error messages without.
+    pub(crate) console: Option<OwnedFd>,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    reason: String,
+    console: String,
+}
+
+impl Ended {
+    /// Reason and last console lines in one line.
+    pub(crate) fn describe(&self) -> String {
+        format!("{}{}", self.reason, last_lines(&self.console))
+    }
+}
+
+type Answer = oneshot::Sender<Result<(), String>>;
+
+/// A machine that was asked to boot.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    process: Arc<VmmProcess>,
+    /// Who waits for an answer, in the order of the requests.
+    pending: Arc<Mutex<VecDeque<Answer>>>,
+    ready: watch::Receiver<bool>,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+impl Vm {
+    /// Starts the process and asks it to boot. Returns at once; `ready` waits.
+    pub(crate) fn start(machine: &Machine) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        // It holds no path, and the environment is full of them.
+        command
+            .arg0(PROGRAM)
+            .arg(VMM_ROLE)
+            .env_clear()
+            .current_dir("/");
+        let vm = Self::spawn(command)?;
+        vm.boot(machine)?;
+        Ok(vm)
+    }
+
+    /// Starts the process, and the thread that hears it.
+    fn spawn(command: Command) -> Result<Self> {
+        let context = || "start the virtual machine monitor".to_owned();
+        let process = Arc::new(VmmProcess::spawn(command).internal(context)?);
+        let (ready_sender, ready) = watch::channel(false);
+        let (ended_sender, ended) = watch::channel(None);
+        let vm = Self {
+            process,
+            pending: Arc::default(),
+            ready,
+            ended,
+        };
+        let listener = Listener {
+            process: Arc::clone(&vm.process),
+            pending: Arc::clone(&vm.pending),
+            ready: ready_sender,
+            ended: ended_sender,
+        };
+        thread::Builder::new()
+            .name("vmm-events".to_owned())
+            .stack_size(128 * 1024)
+            .spawn(move || listener.run())
+            .internal(context)?;
+        Ok(vm)
+    }
+
+    /// A process that answers nothing, and ends at the first request.
+    #[cfg(test)]
+    pub(super) fn for_test() -> Self {
+        let mut command = Command::new("head");
+        command.args(["-c", "1"]);
+        Self::spawn(command).unwrap()
+    }
+
+    fn boot(&self, machine: &Machine) -> Result<()> {
+        let mut files = Files::default();
+        let config = VmConfig {
+            version: PROTOCOL_VERSION,
+            kvm: files.add(machine.kvm.as_fd()),
+            vcpus: machine.vcpus,
+            memory_mib: machine.memory_mib,
+            boot: Boot {
+                kernel: files.add(machine.kernel.as_fd()),
+                cmdline: machine.cmdline.clone(),
+            },
+            blocks: vec![Block {
+                id: "rootfs".to_owned(),
+                file: files.add(machine.image.as_fd()),
+                read_only: true,
+            }],
+            filesystems: vec![Filesystem {
+                tag: "kataShared".to_owned(),
+                directory: files.add(machine.share.as_fd()),
+                read_only: false,
+                cache: FsCache::Auto,
+            }],
+            vsock: Some(Vsock {
+                cid: GUEST_CID,
+                listener: files.add(machine.vsock.as_fd()),
+            }),
+            rng: true,
+            console: match &machine.console {
+                Some(file) => Console::File(files.add(file.as_fd())),
+                None => Console::Quiet,
+            },
+        };
+        // The answer is the agent's readiness, or the machine's end with the reason.
+        self.request(&Request::Boot(Box::new(config)), &files.list)
+            .map(drop)
+    }
+
+    fn request(
+        &self,
+        request: &Request,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<oneshot::Receiver<Result<(), String>>> {
+        let (answer, waiting) = oneshot::channel();
+        // Sent under the lock: the answers come in the order of the requests.
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        self.process
+            .send(request, files)
+            .context(Kind::Unavailable, || {
+                "the virtual machine monitor is gone".to_owned()
+            })?;
+        pending.push_back(answer);
+        Ok(waiting)
+    }
+
+    /// The process's number on the host.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid().cast_unsigned()
+    }
+
+    /// Waits until the agent listens. `files` says what the machine boots from, for the error.
+    pub(crate) async fn ready(&self, limit: Duration, files: &str) -> Result<()> {
+        let mut ready = self.ready.clone();
+        let waited = timeout(limit, async {
+            tokio::select! {
+                biased;
+                _ = ready.wait_for(|ready| *ready) => None,
+                ended = self.ended() => Some(ended),
+            }
+        })
+        .await;
+        let failure = match waited {
+            Ok(None) if *self.ready.borrow() => return Ok(()),
+            Ok(None) => self.ended().await.describe(),
+            Ok(Some(ended)) => ended.describe(),
+            Err(_) => {
+                let ended = self.stop().await;
+                return Err(ShimError::new(
+                    Kind::DeadlineExceeded,
+                    format!(
+                        "the guest's agent was not ready within {} s ({files}){}",
+                        limit.as_secs(),
+                        last_lines(&ended.console)
+                    ),
+                ));
+            }
+        };
+        Err(ShimError::new(
+            Kind::Internal,
+            format!("the virtual machine did not boot ({files}): {failure}"),
+        ))
+    }
+
+    /// Waits for the machine's end.
+    pub(crate) async fn ended(&self) -> Ended {
+        let mut ended = self.ended.clone();
+        let result = ended
+            .wait_for(Option::is_some)
+            .await
+            .map(|ended| ended.clone());
+        match result {
+            Ok(Some(ended)) => ended,
+            // The listener reports before it goes.
+            _ => Ended {
+                reason: "the virtual machine monitor is gone".to_owned(),
+                console: String::new(),
+            },
+        }
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
+    /// Stops the machine and waits until its process is gone.
+    pub(crate) async fn stop(&self) -> Ended {
+        if let Err(error) = self.request(&Request::Stop, &[]) {
+            debug!(error = error.chain(), "stop");
+        }
+        if let Ok(ended) = timeout(STOP_TIMEOUT, self.ended()).await {
+            return ended;
+        }
+        error!(
+            pid = self.pid(),
+            "the virtual machine monitor does not stop: killed"
+        );
+        self.process.kill();
+        self.ended().await
+    }
+}
+
+/// Files of a message, each with its index.
+#[derive(Default)]
+struct Files<'a> {
+    list: Vec<BorrowedFd<'a>>,
+}
+
+impl<'a> Files<'a> {
+    fn add(&mut self, file: BorrowedFd<'a>) -> FileIndex {
+        let index = FileIndex(u32::try_from(self.list.len()).unwrap_or(u32::MAX));
+        self.list.push(file);
+        index
+    }
+}
+
+/// The thread that hears the monitor, to its end.
+struct Listener {
+    process: Arc<VmmProcess>,
+    pending: Arc<Mutex<VecDeque<Answer>>>,
+    ready: watch::Sender<bool>,
+    ended: watch::Sender<Option<Ended>>,
+}
+
+impl Listener {
+    fn run(self) {
+        let mut ended = None;
+        let mut failure = None;
+        loop {
+            match self.process.next_event() {
+                Ok((Event::Done, _)) => self.answer(Ok(())),
+                Ok((Event::Failed(reason), _)) => {
+                    failure = Some(reason.clone());
+                    self.answer(Err(reason));
+                }
+                Ok((Event::Milestone { milestone, at_us }, _)) => {
+                    info!(?milestone, at_us, "milestone");
+                }
+                // The connection itself says all; dropping it closes it.
+                Ok((Event::Connection { port: READY_PORT }, _)) => {
+                    self.ready.send_replace(true);
+                }
+                Ok((Event::Connection { port }, _)) => {
+                    debug!(port, "the guest connects to a port that nobody listens on");
+                }
+                Ok((Event::Exited { reason, console }, _)) => {
+                    ended = Some(Ended {
+                        reason: describe(&reason),
+                        console,
+                    });
+                }
+                Err(ClientError::Channel(ChannelError::Closed)) => break,
+                Err(error) => {
+                    error!(%error, "the virtual machine monitor talks nonsense");
+                    self.process.kill();
+                    break;
+                }
+            }
+        }
+        let status = self.process.wait();
+        let ended = ended.unwrap_or_else(|| Ended {
+            reason: failure.unwrap_or_else(|| died(status)),
+            console: String::new(),
+        });
+        info!(reason = ended.reason, "the virtual machine ended");
+        self.ended.send_replace(Some(ended));
+        // Nobody answers any more.
+        self.pending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
+    fn answer(&self, result: Result<(), String>) {
+        let next = self
+            .pending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front();
+        if let Some(next) = next {
+            let _ = next.send(result);
+        }
+    }
+}
+
+fn describe(reason: &ExitReason) -> String {
+    match reason {
+        ExitReason::Stopped => "it was stopped".to_owned(),
+        ExitReason::Shutdown => "the guest powered off".to_owned(),
+        ExitReason::Reboot => "the guest asked for a reboot".to_owned(),
+        ExitReason::TripleFault => "a triple fault of the guest's kernel".to_owned(),
+        ExitReason::Panic => "a panic of the guest's kernel".to_owned(),
+        ExitReason::Failure(reason) => reason.clone(),
+    }
+}
+
+fn died(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(signal) => format!("the virtual machine monitor was killed by signal {signal}"),
+        None => format!("the virtual machine monitor died: {status}"),
+    }
+}
+
+/// The last lines of the guest's console, for the end of a one-line message. After a panic the
+/// lines that say why come before a long trace.
+fn last_lines(console: &str) -> String {
+    let lines: Vec<_> = console
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+    let end = panic.map_or(lines.len(), |line| line.saturating_add(1));
+    let last = lines
+        .get(end.saturating_sub(CONSOLE_LINES)..end)
+        .unwrap_or_default();
+    if last.is_empty() {
+        return String::new();
+    }
+    // What a guest writes must not steer the terminal of whoever reads the message.
+    let text: String = last
+        .join(" | ")
+        .chars()
+        .map(|character| {
+            if character.is_control() {
+                '?'
+            } else {
+                character
+            }
+        })
+        .collect();
+    format!("; the guest's last lines on its console: {text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_s_last_lines_fit_into_a_message() {
+        assert_eq!(last_lines(" \n"), "");
+        let console: String = (0..10).map(|line| format!("[{line}] text\r\n")).collect();
+        let text = last_lines(&console);
+        assert!(
+            text.starts_with("; the guest's last lines on its console: [4] text | "),
+            "{text}"
+        );
+        assert!(text.ends_with("[9] text"));
+        let panic = format!(
+            "why\nKernel panic - not syncing: VFS\n{}",
+            "trace\n".repeat(20)
+        );
+        assert!(last_lines(&panic).ends_with("why | Kernel panic - not syncing: VFS"));
+        assert!(!last_lines("\u{1b}[2Jhello").contains('\u{1b}'));
+    }
+}

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `Create`: from a bundle to a container that waits for its start.
+//!
+//! For a sandbox's first container the machine boots while the host mounts its root file system.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use protobuf::{Message, MessageField};
+use protocols::agent::agent::CreateContainerRequest;
+use protocols::containerd::mount::Mount;
+use protocols::containerd::runtime_options::Options;
+use protocols::containerd::shim::CreateTaskRequest;
+use protocols::containerd::task_events::{TaskCreate, TaskIO};
+use tokio::task::spawn_blocking;
+use tracing::{info, warn};
+
+use super::task::Shim;
+use crate::bundle::{Bundle, Membership};
+use crate::cli::check_id;
+use crate::config::Config;
+use crate::container::io::Stdio;
+use crate::container::{Actor, Command, Parts};
+use crate::error::{Context, Kind, Result, ShimError};
+use crate::paths;
+use crate::sandbox::{Booting, Sandbox, Share};
+use crate::spec::{self, Bind, Spec};
+
+/// Name of the runtime handler's options on the wire.
+const OPTIONS: &str = "runtimeoptions.v1.Options";
+
+/// Creates a container; the number of the process that stands for it.
+pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Result<u32> {
+    check_id("container id", &request.id)?;
+    if !request.checkpoint.is_empty() {
+        return Err(ShimError::new(
+            Kind::Unimplemented,
+            "restoring a container from a checkpoint is not supported",
+        ));
+    }
+    let reservation = shim.registry.reserve(&request.id)?;
+    let bundle = Bundle::open(Some(Path::new(&request.bundle)))?;
+    let mut spec = spec::read(&bundle.configuration()?)?;
+    let membership = bundle.sandbox(&request.id)?;
+    let stdio = Stdio {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    let streams = stdio.open()?;
+    let rootfs = Rootfs::new(&request, &bundle, &spec);
+    let (sandbox, binds) = match &membership {
+        Membership::Owner(id) => {
+            let config = Config::load(config_path(&request)?.as_deref())?;
+            let binds = amend(&mut spec, &request.id, config.seccomp)?;
+            (
+                boot(&shim, id, config, &spec, rootfs, binds.clone()).await?,
+                binds,
+            )
+        }
+        Membership::Member(id) => {
+            let sandbox = shim.sandbox(id)?;
+            let binds = amend(&mut spec, &request.id, sandbox.config().seccomp)?;
+            let share = sandbox.share();
+            let wanted = binds.clone();
+            blocking(move || rootfs.mount(&share, &wanted)).await?;
+            (sandbox, binds)
+        }
+    };
+    let id = request.id.clone();
+    let created = create_in_guest(&sandbox, &request, spec, &binds).await;
+    if let Err(error) = created {
+        undo(&shim, &sandbox, &membership, &id).await;
+        return Err(error);
+    }
+    let pid = sandbox.pid();
+    shim.events.publish(&TaskCreate {
+        container_id: id.clone(),
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs,
+        io: MessageField::some(TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..Default::default()
+        }),
+        pid,
+        ..Default::default()
+    });
+    let handle = Actor::spawn(Parts {
+        id: id.clone(),
+        bundle: request.bundle,
+        stdio,
+        streams,
+        sandbox: Arc::clone(&sandbox),
+        events: shim.events.clone(),
+        registry: Arc::clone(&shim.registry),
+    });
+    reservation.fulfil(handle);
+    info!(container = id, "created");
+    Ok(pid)
+}
+
+/// A container's files on the host.
+struct Rootfs {
+    container: String,
+    mounts: Vec<Mount>,
+    folder: PathBuf,
+}
+
+impl Rootfs {
+    fn new(request: &CreateTaskRequest, bundle: &Bundle, spec: &Spec) -> Self {
+        let root = spec
+            .root
+            .as_ref()
+            .map_or("rootfs", |root| root.path.as_str());
+        Self {
+            container: request.id.clone(),
+            mounts: request.rootfs.clone(),
+            // Relative to the bundle, as the specification says.
+            folder: bundle.path().join(root),
+        }
+    }
+
+    /// Mounts it all, or nothing.
+    fn mount(&self, share: &Share, binds: &[Bind]) -> Result<()> {
+        let mounted = share
+            .add_rootfs(&self.container, &self.mounts, &self.folder)
+            .and_then(|()| {
+                binds
+                    .iter()
+                    .try_for_each(|bind| share.add_volume(&self.container, bind))
+            });
+        if mounted.is_err()
+            && let Err(error) = share.remove(&self.container)
+        {
+            warn!(
+                container = self.container,
+                error = error.chain(),
+                "not all unmounted"
+            );
+        }
+        mounted
+    }
+}
+
+/// Makes the sandbox while its first container's files are mounted.
+async fn boot(
+    shim: &Arc<Shim>,
+    id: &str,
+    config: Config,
+    spec: &Spec,
+    rootfs: Rootfs,
+    binds: Vec<Bind>,
+) -> Result<Arc<Sandbox>> {
+    let name = paths::sandbox_name(&shim.namespace, id);
+    let (id, hostname) = (id.to_owned(), spec.hostname.clone());
+    let spec = spec.clone();
+    let booting = blocking(move || Booting::start(&id, &name, config, &spec)).await?;
+    let share = booting.share();
+    let mounting = blocking(move || rootfs.mount(&share, &binds));
+    let (mounted, booted) = tokio::join!(mounting, booting.finish(&hostname));
+    let sandbox = Arc::new(booted?);
+    if let Err(error) = mounted {
+        stop(&sandbox).await;
+        return Err(error);
+    }
+    shim.adopt(&sandbox);
+    tokio::spawn(report_out_of_memory(Arc::clone(shim), Arc::clone(&sandbox)));
+    Ok(sandbox)
+}
+
+async fn create_in_guest(
+    sandbox: &Sandbox,
+    request: &CreateTaskRequest,
+    mut spec: Spec,
+    binds: &[Bind],
+) -> Result<()> {
+    for bind in binds {
+        if let Some(mount) = spec.mounts.get_mut(bind.mount) {
+            mount.source = Share::volume_in_guest(&request.id, bind);
+        }
+    }
+    if let Some(process) = &mut spec.process {
+        process.terminal = request.terminal;
+    }
+    let request = CreateContainerRequest {
+        container_id: request.id.clone(),
+        OCI: MessageField::some(spec.into()),
+        ..Default::default()
+    };
+    sandbox.agent().create_container(&request).await
+}
+
+/// Takes back what a failed create has made.
+async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: &str) {
+    if !membership.is_member() {
+        shim.abandon();
+        return stop(sandbox).await;
+    }
+    if let Err(error) = sandbox.agent().remove_container(id).await
+        && error.kind() != Kind::NotFound
+    {
+        warn!(
+            container = id,
+            error = error.chain(),
+            "not removed from the guest"
+        );
+    }
+    let (share, container) = (sandbox.share(), id.to_owned());
+    if let Err(error) = blocking(move || share.remove(&container)).await {
+        warn!(container = id, error = error.chain(), "not all unmounted");
+    }
+}
+
+async fn stop(sandbox: &Sandbox) {
+    if let Err(error) = sandbox.stop().await {
+        warn!(
+            sandbox = sandbox.id(),
+            error = error.chain(),
+            "not all removed"
+        );
+    }
+}
+
+fn amend(spec: &mut Spec, id: &str, seccomp: bool) -> Result<Vec<Bind>> {
+    spec::amend(spec, &Share::rootfs_in_guest(id), seccomp)
+}
+
+/// The configuration file that containerd's runtime handler names.
+fn config_path(request: &CreateTaskRequest) -> Result<Option<PathBuf>> {
+    let Some(any) = request.options.as_ref().filter(|any| !any.value.is_empty()) else {
+        return Ok(None);
+    };
+    let name = any.type_url.rsplit('/').next().unwrap_or_default();
+    if name != OPTIONS {
+        return Err(ShimError::new(
+            Kind::InvalidArgument,
+            format!("runtime options of type {name:?}: wants {OPTIONS}"),
+        ));
+    }
+    let options = Options::parse_from_bytes(&any.value)
+        .context(Kind::InvalidArgument, || "runtime options".to_owned())?;
+    if !options.config_body.is_empty() {
+        return Err(ShimError::new(
+            Kind::InvalidArgument,
+            "runtime options: a configuration in place is not supported, name a file by ConfigPath",
+        ));
+    }
+    Ok(Some(options.config_path)
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from))
+}
+
+/// Hands the guest's out-of-memory events to their containers, as long as there is a guest.
+async fn report_out_of_memory(shim: Arc<Shim>, sandbox: Arc<Sandbox>) {
+    while let Ok(container) = sandbox.agent().out_of_memory().await {
+        if let Ok(handle) = shim.registry.find(&container) {
+            handle.tell(Command::OutOfMemory);
+        }
+    }
+}
+
+/// Runs what blocks on a thread that may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    spawn_blocking(work).await.internal(|| "task".to_owned())?
+}

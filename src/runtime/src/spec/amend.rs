@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What changes in a specification when its container lives in a guest: names of things on the
+//! host are replaced by the guest's, or refused.
+
+use std::mem;
+use std::path::{Path, PathBuf};
+
+use tracing::{debug, warn};
+
+use super::model::{Device, Hooks, Mount, Namespace, Process, Resources, Seccomp, Spec};
+use crate::error::{Kind, Result, ShimError};
+use crate::mount::Tree;
+
+/// File systems that a guest mounts as the specification says. All are the kernel's own; any
+/// other would be made from something of the host.
+const GUEST_FILESYSTEMS: [&str; 7] = [
+    "cgroup", "cgroup2", "devpts", "mqueue", "proc", "sysfs", "tmpfs",
+];
+
+/// Character devices that are the same in every Linux (Documentation/admin-guide/devices.txt).
+const COMMON_DEVICES: [(i64, i64); 10] = [
+    (1, 3),    // null
+    (1, 5),    // zero
+    (1, 7),    // full
+    (1, 8),    // random
+    (1, 9),    // urandom
+    (5, 0),    // tty
+    (5, 1),    // console
+    (5, 2),    // ptmx
+    (10, 200), // net/tun
+    (10, 229), // fuse
+];
+
+/// A bind mount of something on the host, to be shared with the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Bind {
+    /// Position among the specification's mounts.
+    pub(crate) mount: usize,
+    pub(crate) source: PathBuf,
+    pub(crate) tree: Tree,
+    /// Which mounts of the tree are read-only.
+    pub(crate) read_only: Option<Tree>,
+}
+
+/// Amends all but the sources of bind mounts, which the caller shares and replaces.
+pub(crate) fn amend(spec: &mut Spec, rootfs: &str, seccomp: bool) -> Result<Vec<Bind>> {
+    match &mut spec.root {
+        Some(root) => rootfs.clone_into(&mut root.path),
+        None => return Err(refused("root", "missing")),
+    }
+    match &mut spec.process {
+        Some(process) => amend_process(process)?,
+        None => return Err(refused("process", "missing")),
+    }
+    hooks(&spec.hooks)?;
+    let linux = &mut spec.linux;
+    if !linux.mount_label.is_empty() {
+        debug!(
+            label = linux.mount_label,
+            "the guest has no SELinux: mount label dropped"
+        );
+        linux.mount_label.clear();
+    }
+    linux.namespaces = namespaces(mem::take(&mut linux.namespaces))?;
+    linux.cgroups_path = guest_cgroup(&linux.cgroups_path);
+    linux.devices = devices(mem::take(&mut linux.devices), linux.resources.as_ref())?;
+    if let Some(resources) = &mut linux.resources {
+        self::resources(resources);
+    }
+    match &linux.seccomp {
+        Some(profile) if seccomp => self::seccomp(profile)?,
+        Some(_) => {
+            warn!("seccomp profile dropped: the configuration says disable_guest_seccomp");
+            linux.seccomp = None;
+        }
+        None => {}
+    }
+    let mut binds = Vec::new();
+    for (index, mount) in spec.mounts.iter().enumerate() {
+        binds.extend(bind(index, mount)?);
+    }
+    Ok(binds)
+}
+
+/// Amends a process: the container's own, or an exec's.
+pub(crate) fn amend_process(process: &mut Process) -> Result<()> {
+    // To the kernel, an id of -1 means "leave it": it would be root's.
+    let user = &process.user;
+    let ids = [user.uid, user.gid];
+    if ids
+        .iter()
+        .chain(&user.additional_gids)
+        .any(|&id| id == u32::MAX)
+    {
+        return Err(refused("process.user", "4294967295 is nobody's id"));
+    }
+    // Security modules are the host kernel's, which never sees the process. containerd names its
+    // default AppArmor profile wherever the host has AppArmor; on a host without, the same
+    // container runs without. The guest's kernel is such a host, with a machine around it.
+    if !process.apparmor_profile.is_empty() {
+        debug!(
+            profile = process.apparmor_profile,
+            "the guest has no AppArmor: profile dropped"
+        );
+        process.apparmor_profile.clear();
+    }
+    if !process.selinux_label.is_empty() {
+        debug!(
+            label = process.selinux_label,
+            "the guest has no SELinux: label dropped"
+        );
+        process.selinux_label.clear();
+    }
+    // A name has a meaning in Windows only.
+    process.user.username.clear();
+    Ok(())
+}
+
+/// CPUs and memory nodes are numbered by the host. Where the machine's threads run is the
+/// sandbox's own cgroup's business.
+pub(crate) fn resources(resources: &mut Resources) {
+    if let Some(cpu) = &mut resources.cpu
+        && !(cpu.cpus.is_empty() && cpu.mems.is_empty())
+    {
+        warn!(
+            cpus = cpu.cpus,
+            mems = cpu.mems,
+            "cpuset names CPUs of the host: not applied"
+        );
+        cpu.cpus.clear();
+        cpu.mems.clear();
+    }
+}
+
+/// Hooks run on the host, beside the runtime, or in the container. A runtime that doesn't run
+/// one must not run the container either.
+fn hooks(hooks: &Hooks) -> Result<()> {
+    let all = [
+        ("prestart", &hooks.prestart),
+        ("createRuntime", &hooks.create_runtime),
+        ("createContainer", &hooks.create_container),
+        ("startContainer", &hooks.start_container),
+        ("poststart", &hooks.poststart),
+        ("poststop", &hooks.poststop),
+    ];
+    match all.iter().find(|(_, hooks)| !hooks.is_empty()) {
+        Some((name, _)) => Err(refused(&format!("hooks.{name}"), "not supported")),
+        None => Ok(()),
+    }
+}
+
+/// A namespace of the host can't be joined. The ones that a pod shares are shared by the machine
+/// itself: a path there asks for what is the case anyway.
+fn namespaces(namespaces: Vec<Namespace>) -> Result<Vec<Namespace>> {
+    let mut kept = Vec::new();
+    for namespace in namespaces {
+        match (namespace.kind.as_str(), namespace.path.is_empty()) {
+            (_, true) => kept.push(namespace),
+            // The guest's own network, IPC and host name are the pod's.
+            ("network" | "ipc" | "uts", false) => {
+                debug!(
+                    kind = namespace.kind,
+                    path = namespace.path,
+                    "shared by the machine"
+                );
+            }
+            (kind, false) => {
+                return Err(refused(
+                    &format!("linux.namespaces: {kind}"),
+                    &format!("{} is a namespace of the host", namespace.path),
+                ));
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// The guest's cgroup: the same path, with systemd's `slice:prefix:name` as a path too.
+fn guest_cgroup(path: &str) -> String {
+    match *path.split(':').collect::<Vec<_>>().as_slice() {
+        [slice, prefix, name] => format!("/{slice}/{prefix}-{name}"),
+        _ => path.to_owned(),
+    }
+}
+
+/// Device nodes that mean in the guest what they mean on the host. A device of the host that was
+/// asked for by name is refused. A privileged container gets a list of all that the host has,
+/// which asks for every device of its machine: that is the guest, with none of those.
+fn devices(devices: Vec<Device>, resources: Option<&Resources>) -> Result<Vec<Device>> {
+    let (kept, foreign): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_common);
+    match foreign.first() {
+        None => {}
+        Some(_) if resources.is_some_and(allows_all_devices) => {
+            warn!(
+                count = foreign.len(),
+                "privileged: devices of the host are not in the guest"
+            );
+        }
+        Some(device) => {
+            return Err(refused(
+                &format!("linux.devices: {}", device.path),
+                "a device of the host can't be used in the guest",
+            ));
+        }
+    }
+    Ok(kept)
+}
+
+fn is_common(device: &Device) -> bool {
+    match device.kind.as_str() {
+        "c" | "u" => COMMON_DEVICES.contains(&(device.major, device.minor)),
+        // A named pipe is nobody's hardware.
+        kind => kind == "p",
+    }
+}
+
+/// Whether the last word of the device rules is to allow everything.
+fn allows_all_devices(resources: &Resources) -> bool {
+    resources.devices.last().is_some_and(|rule| {
+        rule.allow
+            && matches!(rule.kind.as_str(), "" | "a")
+            && rule.major.is_none_or(|major| major < 0)
+            && rule.minor.is_none_or(|minor| minor < 0)
+    })
+}
+
+/// The protocol carries no `defaultErrnoRet`; EPERM is what a filter returns without.
+fn seccomp(profile: &Seccomp) -> Result<()> {
+    const EPERM: u32 = 1;
+    match profile.default_errno_ret {
+        None | Some(EPERM) => Ok(()),
+        Some(other) => Err(refused(
+            "linux.seccomp.defaultErrnoRet",
+            &format!("{other} can't be carried to the guest"),
+        )),
+    }
+}
+
+fn bind(index: usize, mount: &Mount) -> Result<Option<Bind>> {
+    let has = |word: &str| mount.options.iter().any(|option| option == word);
+    let name = || format!("mounts: {}", mount.destination);
+    if mount.kind != "bind" && !has("bind") && !has("rbind") {
+        if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) {
+            return Ok(None);
+        }
+        return Err(refused(
+            &name(),
+            &format!("file system {:?} can't be mounted in the guest", mount.kind),
+        ));
+    }
+    let source = PathBuf::from(&mount.source);
+    if !source.is_absolute() {
+        return Err(refused(
+            &name(),
+            &format!("source {:?} is not absolute", mount.source),
+        ));
+    }
+    let kernels = ["/proc", "/sys", "/dev"]
+        .iter()
+        .any(|folder| source.starts_with(folder));
+    if kernels && !source.starts_with(Path::new("/dev/shm")) {
+        return Err(refused(
+            &name(),
+            &format!("{} belongs to the host's kernel", mount.source),
+        ));
+    }
+    Ok(Some(Bind {
+        mount: index,
+        source,
+        tree: if has("rbind") {
+            Tree::Recursive
+        } else {
+            Tree::Single
+        },
+        read_only: match (has("ro"), has("rro")) {
+            (_, true) => Some(Tree::Recursive),
+            (true, false) => Some(Tree::Single),
+            (false, false) => None,
+        },
+    }))
+}
+
+fn refused(field: &str, reason: &str) -> ShimError {
+    ShimError::new(
+        Kind::InvalidArgument,
+        format!("config.json: {field}: {reason}"),
+    )
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+use std::path::Path;
+
+use protocols::agent::oci;
+
+use super::*;
+use crate::mount::Tree;
+
+/// What `ctr run` of containerd 1.6 writes, shortened where a list repeats.
+const CTR: &str = r#"{
+  "ociVersion": "1.0.2-dev",
+  "process": {
+    "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+    "args": ["uname", "-r"], "env": ["PATH=/bin"], "cwd": "/",
+    "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"],
+                     "permitted": ["CAP_CHOWN"]},
+    "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
+    "noNewPrivileges": true, "apparmorProfile": "cri-containerd.apparmor.d"
+  },
+  "root": {"path": "rootfs", "readonly": true},
+  "mounts": [
+    {"destination": "/proc", "type": "proc", "source": "proc",
+     "options": ["nosuid", "noexec", "nodev"]},
+    {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro"]}
+  ],
+  "annotations": {"a": "b"},
+  "linux": {
+    "resources": {
+      "devices": [{"allow": false, "access": "rwm"},
+                  {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}],
+      "memory": {"limit": 67108864}, "cpu": {"shares": 512, "quota": 50000, "period": 100000,
+      "cpus": "0-3"}, "pids": {"limit": 100}
+    },
+    "cgroupsPath": "/default/t1",
+    "namespaces": [{"type": "pid"}, {"type": "mount"},
+                   {"type": "network", "path": "/run/netns/x"}],
+    "maskedPaths": ["/proc/acpi"], "readonlyPaths": ["/proc/bus"],
+    "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"],
+      "syscalls": [{"names": ["clone"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38,
+        "args": [{"index": 0, "value": 7, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ"}]}]}
+  }
+}"#;
+
+fn amended(text: &str) -> Result<(oci::Spec, Vec<Bind>)> {
+    let mut spec = read(text.as_bytes())?;
+    let binds = amend(&mut spec, "/guest/rootfs", true)?;
+    Ok((spec.into(), binds))
+}
+
+fn refusal(from: &str, to: &str) -> String {
+    let text = CTR.replacen(from, to, 1);
+    assert_ne!(text, CTR);
+    let error = amended(&text).unwrap_err();
+    assert_eq!(error.kind(), Kind::InvalidArgument);
+    error.chain()
+}
+
+#[test]
+fn what_ctr_writes_arrives_whole() {
+    let (spec, binds) = amended(CTR).unwrap();
+    let process = spec.Process.as_ref().unwrap();
+    assert_eq!(process.Args, ["uname", "-r"]);
+    assert_eq!(process.User.AdditionalGids, [0, 10]);
+    assert_eq!(process.Capabilities.Bounding, ["CAP_CHOWN"]);
+    assert_eq!(
+        (process.Rlimits[0].Hard, process.Rlimits[0].Soft),
+        (1024, 512)
+    );
+    assert!(process.NoNewPrivileges);
+    assert_eq!(process.ApparmorProfile, "");
+    assert_eq!(spec.Root.Path, "/guest/rootfs");
+    assert!(spec.Root.Readonly);
+    let resources = &spec.Linux.Resources;
+    assert_eq!(resources.Memory.Limit, 64 << 20);
+    assert_eq!((resources.CPU.Shares, resources.CPU.Quota), (512, 50_000));
+    assert_eq!(resources.CPU.Cpus, "");
+    assert_eq!(resources.Pids.Limit, 100);
+    assert_eq!(
+        (
+            resources.Devices[0].Type.as_str(),
+            resources.Devices[0].Major
+        ),
+        ("a", -1)
+    );
+    assert_eq!(resources.Devices[1].Minor, 3);
+    let kinds: Vec<_> = spec
+        .Linux
+        .Namespaces
+        .iter()
+        .map(|it| it.Type.as_str())
+        .collect();
+    assert_eq!(kinds, ["pid", "mount"]);
+    let syscall = &spec.Linux.Seccomp.Syscalls[0];
+    assert_eq!(syscall.errnoret(), 38);
+    assert_eq!((syscall.Args[0].Value, syscall.Args[0].ValueTwo), (7, 1));
+    assert_eq!(
+        binds,
+        [Bind {
+            mount: 1,
+            source: Path::new("/srv/data").to_owned(),
+            tree: Tree::Recursive,
+            read_only: Some(Tree::Single),
+        }]
+    );
+}
+
+#[test]
+fn what_cannot_be_carried_is_refused_by_name() {
+    let cases = [
+        (r#""ociVersion""#, r#""vm": {}, "ociVersion""#, "vm"),
+        (
+            r#""cgroupsPath""#,
+            r#""personality": {"domain": "LINUX32"}, "cgroupsPath""#,
+            "personality",
+        ),
+        (
+            r#""memory""#,
+            r#""unified": {"memory.high": "1"}, "memory""#,
+            "unified",
+        ),
+        (
+            r#""annotations""#,
+            r#""hooks": {"prestart": [{"path": "/x"}]}, "annotations""#,
+            "hooks.prestart",
+        ),
+        (
+            r#"{"type": "pid"}"#,
+            r#"{"type": "pid", "path": "/proc/1/ns/pid"}"#,
+            "/proc/1/ns/pid",
+        ),
+        (
+            r#""cgroupsPath""#,
+            r#""devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}], "cgroupsPath""#,
+            "/dev/sda",
+        ),
+        (r#""/srv/data""#, r#""/sys/fs/cgroup""#, "/sys/fs/cgroup"),
+        (r#""proc", "source""#, r#""nfs", "source""#, "nfs"),
+        (
+            r#""defaultAction""#,
+            r#""defaultErrnoRet": 38, "defaultAction""#,
+            "defaultErrnoRet",
+        ),
+        (r#""uid": 0"#, r#""uid": 4294967295"#, "process.user"),
+        (
+            r#""defaultAction""#,
+            r#""listenerPath": "/x", "defaultAction""#,
+            "listenerPath",
+        ),
+    ];
+    for (from, to, name) in cases {
+        let message = refusal(from, to);
+        assert!(message.contains(name), "{name}: {message}");
+    }
+}
+
+#[test]
+fn a_privileged_container_s_list_of_host_devices_is_not_the_guest_s() {
+    let devices = r#""devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}], "cgroupsPath""#;
+    let rules = r#"{"allow": false, "access": "rwm"},"#;
+    let text = CTR
+        .replace(r#""cgroupsPath""#, devices)
+        .replace(rules, "")
+        .replace(
+            r#"{"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}"#,
+            r#"{"allow": true, "access": "rwm"}"#,
+        );
+    let (spec, _) = amended(&text).unwrap();
+    let kept: Vec<_> = spec
+        .Linux
+        .Devices
+        .iter()
+        .map(|it| it.Path.as_str())
+        .collect();
+    assert_eq!(kept, ["/dev/fuse"]);
+}
+
+#[test]
+fn a_cgroup_of_systemd_becomes_a_path() {
+    let text = CTR.replace("/default/t1", "system.slice:cri:abc");
+    let (spec, _) = amended(&text).unwrap();
+    assert_eq!(spec.Linux.CgroupsPath, "/system.slice/cri-abc");
+}
+
+#[test]
+fn null_is_empty() {
+    let text = CTR.replace(r#""maskedPaths": ["/proc/acpi"]"#, r#""maskedPaths": null"#);
+    let (spec, _) = amended(&text).unwrap();
+    assert!(spec.Linux.MaskedPaths.is_empty());
+}
