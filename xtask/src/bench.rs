@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Benchmarks against the programs to be compared with, each pair in turn, in one dev VM.
+
+use crate::build::{self, Profile};
+use crate::guest::{self, agent};
+use crate::vm::{self, Contents, Options, Vm};
+use anyhow::Result;
+use std::path::Path;
+
+/// Builds what is measured as it is installed, runs the benchmark in the dev VM and returns its exit code.
+pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
+    let benchmark = build::executable(
+        Profile::Release,
+        &["--package", "tests", "--bin", "bench-boot"],
+    )?;
+    let boot = build::executable(Profile::Release, &["--package", "vmm", "--example", "boot"])?;
+    let agent = agent::build(Profile::Release)?;
+    let vm = Vm::start(&Options::default(), Contents::Containerd(Profile::Release))?;
+    let place = |name: &str| Path::new(vm::PREFIX).join(name);
+    let kernel = place(guest::KERNEL);
+    let image = place(guest::IMAGE);
+    let shim = place(build::SHIM);
+    let mut argv = vec![benchmark.to_string_lossy().into_owned()];
+    for (option, path) in [
+        ("--boot", &boot),
+        ("--agent", &agent),
+        ("--kernel", &kernel),
+        ("--image", &image),
+        ("--shim", &shim),
+    ] {
+        argv.extend([option.to_owned(), path.to_string_lossy().into_owned()]);
+    }
+    argv.extend(arguments);
+    let code = vm.execute(argv)?;
+    vm.stop()?;
+    Ok(code)
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What runs in the VM of a pod: kernel, and image with the agent.
+
+pub(crate) mod agent;
+pub(crate) mod kernel;
+
+use crate::{build, progress, workspace};
+use anyhow::{Context, Result};
+use build::Profile;
+use kernel::Flavour;
+use std::fs;
+use std::path::PathBuf;
+
+/// The kernel's place below a prefix.
+pub(crate) const KERNEL: &str = "share/kata-containers/vmlinux.container";
+/// The image's place below a prefix.
+pub(crate) const IMAGE: &str = "share/kata-containers/kata-containers.img";
+
+/// Files that a VM is started from.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    pub(crate) kernel: PathBuf,
+    pub(crate) image: PathBuf,
+}
+
+/// Builds what is not up to date.
+pub(crate) fn build(profile: Profile, flavour: Flavour) -> Result<Guest> {
+    let kernel = kernel::build(flavour)?;
+    let agent = agent::build(profile)?;
+    let folder = workspace::target_dir()?.join("guest");
+    fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    let image = folder.join(format!("kata-containers-{}.img", profile.name()));
+    progress::run(
+        build::cargo("run", Profile::Dev)?
+            .args(["--package", "rootfs-builder", "--", "--agent"])
+            .arg(agent)
+            .arg("--output")
+            .arg(&image),
+    )
+    .context("building the guest image")?;
+    Ok(Guest { kernel, image })
+}

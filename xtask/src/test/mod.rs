@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The test ladder: checks of the source, unit tests, then suites against a real containerd in the dev VM.
+
+mod e2e;
+mod invariants;
+mod lint;
+mod unit;
+
+use crate::build::Linkage;
+use crate::progress;
+use anyhow::{Result, bail};
+use std::time::{Duration, Instant};
+
+/// A set of tests that is run and reported as one.
+#[derive(Debug)]
+struct Suite {
+    name: &'static str,
+    /// What it shows, for the listing.
+    about: &'static str,
+    /// Part of `--quick`: needs neither root nor a VM.
+    quick: bool,
+    place: Place,
+}
+
+/// Where a suite runs.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// On this machine.
+    Here(fn() -> Result<()>),
+    /// Test binary of the package `tests`, in the dev VM with containerd.
+    DevVm,
+    /// The same as a static binary, which can be a guest's init as well.
+    DevVmStatic,
+}
+
+const SUITES: &[Suite] = &[
+    Suite {
+        name: "lint",
+        about: "format, clippy, licences, architecture",
+        quick: true,
+        place: Place::Here(lint::run),
+    },
+    Suite {
+        name: "unit",
+        about: "unit tests of all crates",
+        quick: true,
+        place: Place::Here(unit::run),
+    },
+    Suite {
+        name: "vsock",
+        about: "streams between host and guest, on a machine of its own",
+        quick: false,
+        place: Place::DevVmStatic,
+    },
+    Suite {
+        name: "ctr",
+        about: "containers through containerd's ctr",
+        quick: false,
+        place: Place::DevVm,
+    },
+    Suite {
+        name: "faults",
+        about: "killed processes, missing files: words and leaks",
+        quick: false,
+        place: Place::DevVm,
+    },
+];
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Selection {
+    pub(crate) quick: bool,
+    pub(crate) only: Vec<String>,
+    /// Passed to the test binaries, for example a test's name.
+    pub(crate) arguments: Vec<String>,
+}
+
+/// Runs the suites one after the other, all of them even if one fails, and sums up.
+pub(crate) fn run(selection: &Selection) -> Result<u8> {
+    let suites = select(selection)?;
+    let mut vm = e2e::Session::default();
+    let mut results: Vec<(&str, Duration, Result<()>)> = Vec::new();
+    for suite in suites {
+        progress::note(&format!("suite {}: {}", suite.name, suite.about));
+        let begin = Instant::now();
+        let result = match suite.place {
+            Place::Here(run) => run(),
+            Place::DevVm => vm.run(suite.name, Linkage::Dynamic, &selection.arguments),
+            Place::DevVmStatic => vm.run(suite.name, Linkage::Static, &selection.arguments),
+        };
+        if let Err(error) = &result {
+            progress::note(&format!("suite {} failed: {error:#}", suite.name));
+        }
+        results.push((suite.name, begin.elapsed(), result));
+    }
+    vm.stop()?;
+    Ok(report(&results))
+}
+
+fn select(selection: &Selection) -> Result<Vec<&'static Suite>> {
+    for name in &selection.only {
+        if !SUITES.iter().any(|suite| suite.name == name) {
+            let known: String = SUITES
+                .iter()
+                .map(|suite| format!("\n  {:8} {}", suite.name, suite.about))
+                .collect();
+            bail!("no suite is named {name}; there are:{known}");
+        }
+    }
+    Ok(SUITES
+        .iter()
+        .filter(|suite| {
+            selection.only.is_empty() || selection.only.iter().any(|name| name == suite.name)
+        })
+        .filter(|suite| !selection.quick || suite.quick)
+        .collect())
+}
+
+/// Prints a line a suite and one that closes, and returns the exit code.
+fn report(results: &[(&str, Duration, Result<()>)]) -> u8 {
+    println!();
+    for (name, time, result) in results {
+        let verdict = if result.is_ok() { "passed" } else { "FAILED" };
+        println!("{name:8} {verdict} in {:.1} s", time.as_secs_f64());
+    }
+    let failed: Vec<&str> = results
+        .iter()
+        .filter(|(_, _, result)| result.is_err())
+        .map(|(name, ..)| *name)
+        .collect();
+    if results.is_empty() {
+        println!("no suite was run");
+        1
+    } else if failed.is_empty() {
+        println!("all {} suites passed", results.len());
+        0
+    } else {
+        println!(
+            "{} of {} suites FAILED: {}",
+            failed.len(),
+            results.len(),
+            failed.join(", ")
+        );
+        1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(quick: bool, only: &[&str]) -> Result<Vec<&'static str>> {
+        let only = only.iter().map(|&name| name.to_owned()).collect();
+        let selection = Selection {
+            quick,
+            only,
+            arguments: Vec::new(),
+        };
+        Ok(select(&selection)?.iter().map(|suite| suite.name).collect())
+    }
+
+    #[test]
+    fn selects_suites() {
+        assert_eq!(names(true, &[]).unwrap(), ["lint", "unit"]);
+        assert_eq!(
+            names(false, &["faults", "unit"]).unwrap(),
+            ["unit", "faults"]
+        );
+        let error = names(false, &["nope"]).unwrap_err().to_string();
+        assert!(
+            error.contains("nope") && error.contains("faults"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_failed_suite_fails_the_run() {
+        let second = Duration::from_secs(1);
+        assert_eq!(report(&[("a", second, Ok(()))]), 0);
+        assert_eq!(
+            report(&[
+                ("a", second, Ok(())),
+                ("b", second, Err(anyhow::anyhow!("x")))
+            ]),
+            1
+        );
+        assert_eq!(report(&[]), 1);
+    }
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Unit tests: no root, no KVM.
+
+use crate::build::{self, Profile};
+use crate::packages::{self, any};
+use crate::progress;
+use anyhow::Result;
+
+pub(crate) fn run() -> Result<()> {
+    packages::ensure(
+        "building the tests",
+        &[any("gcc"), any("libc6-dev"), any("libseccomp-dev")],
+    )?;
+    progress::run(build::cargo("test", Profile::Dev)?.args(["--workspace", "--exclude", "tests"]))
+}
