@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A hostile guest's virtio-vsock packets. Run: `cargo +nightly fuzz run vsock_packets`.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| vmm::devices::virtio::vsock::fuzz::guest_packets(bytes));

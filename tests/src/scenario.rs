@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The frame of each end-to-end test: alone on the machine, and nothing left behind.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+
+use anyhow::{Context, Result, bail};
+
+use crate::ctr::Ctr;
+use crate::leaks::Snapshot;
+
+/// Held while a scenario runs: in one process by its tests' threads, and between processes.
+const LOCK: &str = "/run/lock/nutshell-tests";
+
+/// Runs `body`, then checks that the host holds nothing that it didn't hold before.
+pub fn scenario(body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
+    framed(body).map_err(Failure)
+}
+
+fn framed(body: impl FnOnce(&Ctr) -> Result<()>) -> Result<()> {
+    let lock = File::create(LOCK).with_context(|| format!("opening {LOCK}"))?;
+    lock.lock()?;
+    let ctr = Ctr::from_env();
+    let before = Snapshot::take(&ctr)?;
+    let outcome = body(&ctr);
+    // The next test starts clean, whatever this one did.
+    let left = ctr.sweep().context("removing the scenario's containers")?;
+    let clean = before.expect_nothing_new(&ctr);
+    match (outcome, clean) {
+        (Ok(()), Ok(())) if left.is_empty() => Ok(()),
+        (Ok(()), Ok(())) => bail!("containers left behind: {left:?}"),
+        (Ok(()), Err(leak)) => Err(leak),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(leak)) => Err(error.context(format!("and then {leak:#}"))),
+    }
+}
+
+/// A scenario about the virtual machine; where the runtime has none it is left out, by name, for
+/// all to see.
+pub fn vm_scenario(name: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
+    let ctr = Ctr::from_env();
+    if ctr.has_vm() {
+        return scenario(body);
+    }
+    // Past the harness's capture of what a passing test prints.
+    let line = format!("left out: {name} ({} has no VM)", ctr.runtime());
+    writeln!(std::io::stderr(), "{line}").map_err(|error| Failure(error.into()))
+}
+
+/// What a test returns.
+pub type Outcome = Result<(), Failure>;
+
+/// An error that the test harness prints as words: the whole chain, no backtrace.
+pub struct Failure(anyhow::Error);
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (depth, cause) in self.0.chain().enumerate() {
+            if depth > 0 {
+                f.write_str("\nbecause ")?;
+            }
+            write!(f, "{cause}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a user of `ctr` sees of our runtime: run as root, against a real containerd.
+//!
+//! `NUTSHELL_TEST_RUNTIME=io.containerd.runc.v2` runs the same against runc, the yardstick: what
+//! passes there is containerd's contract.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    reason = "this whole program is tests"
+)]
+
+mod exec;
+mod lifecycle;
+mod run;
+mod spec;
+mod vm;
