@@ -260,6 +260,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
         memory_mib: options.memory,
         boot,
         blocks,
+        nets: Vec::new(),
         filesystems,
         vsock,
         rng: !options.no_rng,

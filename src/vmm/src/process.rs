@@ -17,7 +17,7 @@ use rustix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 
 use crate::control::{
-    Channel, ChannelError, Event, ExitReason, Milestone, PROTOCOL_VERSION, Request, VmConfig,
+    Channel, ChannelError, Event, ExitReason, Milestone, Net, PROTOCOL_VERSION, Request, VmConfig,
 };
 use crate::machine::{Files, Machine, MachineEvents};
 use crate::sys::process as raw;
@@ -177,6 +177,9 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
                 reporter.channel.send(&Event::Done, &[])?;
                 return Ok(ExitReason::Stopped);
             }
+            Request::AttachNet(Net { id, .. }) | Request::DetachNet { id } => Event::Failed(
+                format!("this VMM can't change network devices while it runs: {id}"),
+            ),
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
         };
         reporter.channel.send(&answer, &[])?;

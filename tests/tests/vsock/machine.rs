@@ -175,6 +175,7 @@ fn configure(
             file: FileIndex(2),
             read_only: true,
         }],
+        nets: Vec::new(),
         filesystems: Vec::new(),
         vsock: Some(Vsock {
             cid: 3,

@@ -142,6 +142,7 @@ impl Vm {
                 file: files.add(machine.image.as_fd()),
                 read_only: true,
             }],
+            nets: Vec::new(),
             filesystems: vec![Filesystem {
                 tag: "kataShared".to_owned(),
                 directory: files.add(machine.share.as_fd()),

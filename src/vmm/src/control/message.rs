@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,15 @@ pub enum Request {
     Pause,
     /// Lets paused vCPUs go on.
     Resume,
+    /// Adds a network device to the running machine. Done means that the guest has been told, not
+    /// that its driver is there yet: the owner sees that by what the guest says of its interfaces.
+    AttachNet(Net),
+    /// Takes a network device away, whether it came with `Boot` or with `AttachNet`. Done means
+    /// that the guest's driver has let go of it and its taps are closed.
+    DetachNet {
+        /// Its `Net::id`.
+        id: String,
+    },
     /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
     Stop,
 }
@@ -41,6 +50,8 @@ pub struct VmConfig {
     pub blocks: Vec<Block>,
     /// Shared file systems.
     pub filesystems: Vec<Filesystem>,
+    /// Network devices, in the order in which the guest finds them.
+    pub nets: Vec<Net>,
     /// The socket device, if any.
     pub vsock: Option<Vsock>,
     /// Whether there is a virtio-rng.
@@ -93,6 +104,26 @@ pub enum FsCache {
     /// Until the guest forgets. Only for a tree that nobody but this guest changes.
     Always,
 }
+
+/// A virtio-net device on a tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Net {
+    /// Name in logs and in `DetachNet`.
+    pub id: String,
+    /// The guest interface's hardware address.
+    pub mac: [u8; 6],
+    /// The largest packet that the link carries, if the guest is to be told.
+    pub mtu: Option<u16>,
+    /// An open `/dev/net/tun` for each queue pair, 1 to `MAX_QUEUE_PAIRS`, attached to one
+    /// interface with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` where there are
+    /// several. The VMM sets the tap's offloads and the size of its header itself.
+    pub queues: Vec<FileIndex>,
+    /// Empty: the VMM moves the packets. Else an open `/dev/vhost-net` for each queue pair.
+    pub vhost: Vec<FileIndex>,
+}
+
+/// Most queue pairs of a network device.
+pub const MAX_QUEUE_PAIRS: usize = 4;
 
 /// The virtio-vsock device, hybrid: Unix sockets on the host's side.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -158,6 +158,9 @@ fn devices(
         })?;
         devices.push((format!("block {}", block.id), Box::new(device)));
     }
+    if let Some(net) = config.nets.first() {
+        return Err(MachineError::Net(net.id.clone()));
+    }
     let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
     for filesystem in &config.filesystems {
         let device = Fs::new(FsConfig {

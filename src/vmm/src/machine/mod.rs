@@ -89,6 +89,9 @@ pub enum MachineError {
         #[source]
         source: BlockError,
     },
+    /// A network device is not usable.
+    #[error("can't use network device {0}: this VMM has none")]
+    Net(String),
     /// A file system is not usable.
     #[error("can't share a file system")]
     Filesystem(#[from] FsError),
