@@ -78,7 +78,7 @@ struct Vm {
     #[arg(long, default_value_t = 2)]
     cpus: u32,
     /// Memory of the VM in MiB
-    #[arg(long, default_value_t = 4096, value_name = "MIB")]
+    #[arg(long, default_value_t = 6144, value_name = "MIB")]
     memory: u32,
     /// Command and arguments
     #[arg(last = true)]

@@ -19,12 +19,21 @@ const MODULES: &[&str] = &[
     "crc32c_generic",
     "kvm_amd",
     "loop",
-    "tun",
-    "veth",
-    "bridge",
     "ext4",
     "erofs",
     "fuse",
+    // Networks of pods, and how our runtime joins them to a tap.
+    "tun",
+    "veth",
+    "bridge",
+    "macvlan",
+    "macvtap",
+    "ipvlan",
+    "vhost_net",
+    "sch_ingress",
+    "cls_u32",
+    "cls_matchall",
+    "act_mirred",
 ];
 
 const INIT: &str = include_str!("init.sh");

@@ -45,7 +45,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             cpus: 2,
-            memory: 4096,
+            memory: 6144,
             out: None,
         }
     }

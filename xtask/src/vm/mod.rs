@@ -90,7 +90,12 @@ pub(crate) fn run(options: &Options, contents: Contents, mut argv: Vec<String>) 
 fn containerd_setup(profile: Profile) -> Result<Setup> {
     packages::ensure(
         "containerd in the dev VM",
-        &[any("containerd"), any("runc")],
+        &[
+            any("containerd"),
+            any("containernetworking-plugins"),
+            any("iproute2"),
+            any("runc"),
+        ],
     )?;
     let shim = build::runtime(profile)?;
     let guest = guest::build(profile, Flavour::Release)?;
