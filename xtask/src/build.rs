@@ -90,10 +90,11 @@ pub(crate) fn executable(profile: Profile, target: &[&str]) -> Result<PathBuf> {
     built(cargo("build", profile)?.args(target), name)
 }
 
-/// Builds the test binary `name` of the package `tests` without running it.
-pub(crate) fn test_binary(profile: Profile, linkage: Linkage, name: &str) -> Result<PathBuf> {
+/// Builds one test binary, named by cargo's own options, its name last, without running it.
+pub(crate) fn test_binary(profile: Profile, linkage: Linkage, target: &[&str]) -> Result<PathBuf> {
+    let name = target.last().copied().unwrap_or_default();
     let mut command = cargo("test", profile)?;
-    command.args(["--package", "tests", "--no-run", "--test", name]);
+    command.arg("--no-run").args(target);
     if linkage == Linkage::Static {
         link_statically(&mut command);
     }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Suites against a real containerd: test binaries built here, run in one dev VM.
+//! Suites that need root and a machine of their own: test binaries built here, run in one dev VM.
 
-use crate::build::{self, Linkage, Profile};
+use crate::build::Profile;
 use crate::vm::{Contents, Options, Vm};
 use anyhow::{Result, bail};
+use std::path::Path;
 
 /// The dev VM of a test run, started when the first suite needs it.
 #[derive(Debug, Default)]
@@ -12,9 +13,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Runs the test binary of this name with the arguments.
-    pub(crate) fn run(&mut self, name: &str, linkage: Linkage, arguments: &[String]) -> Result<()> {
-        let binary = build::test_binary(Profile::Quick, linkage, name)?;
+    /// Runs a test binary with the arguments.
+    pub(crate) fn run(&mut self, binary: &Path, arguments: &[String]) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), Contents::Containerd(Profile::Quick))?,

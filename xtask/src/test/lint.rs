@@ -25,6 +25,8 @@ pub(crate) fn run() -> Result<()> {
     progress::run(build::cargo("clippy", Profile::Dev)?.args([
         "--workspace",
         "--all-targets",
+        "--features",
+        "kata-agent/component-tests",
         "--",
         "--deny",
         "warnings",

@@ -6,9 +6,11 @@ mod invariants;
 mod lint;
 mod unit;
 
-use crate::build::Linkage;
+use crate::build::{self, Linkage, Profile};
+use crate::packages::{self, any};
 use crate::progress;
 use anyhow::{Result, bail};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// A set of tests that is run and reported as one.
@@ -31,6 +33,36 @@ enum Place {
     DevVm,
     /// The same as a static binary, which can be a guest's init as well.
     DevVmStatic,
+    /// Component tests of the agent, in the dev VM.
+    Agent,
+}
+
+impl Place {
+    /// Builds the test binary of the suite `name`.
+    fn binary(self, name: &str) -> Result<PathBuf> {
+        let linkage = match self {
+            Self::DevVmStatic => Linkage::Static,
+            _ => Linkage::Dynamic,
+        };
+        let target: &[&str] = match self {
+            Self::Agent => {
+                packages::ensure(
+                    "building the agent",
+                    &[any("gcc"), any("libc6-dev"), any("libseccomp-dev")],
+                )?;
+                &[
+                    "--package",
+                    "kata-agent",
+                    "--features",
+                    "component-tests",
+                    "--test",
+                    "component",
+                ]
+            }
+            _ => &["--package", "tests", "--test", name],
+        };
+        build::test_binary(Profile::Quick, linkage, target)
+    }
 }
 
 const SUITES: &[Suite] = &[
@@ -45,6 +77,12 @@ const SUITES: &[Suite] = &[
         about: "unit tests of all crates",
         quick: true,
         place: Place::Here(unit::run),
+    },
+    Suite {
+        name: "agent",
+        about: "the guest's agent, driven through its protocol",
+        quick: false,
+        place: Place::Agent,
     },
     Suite {
         name: "vsock",
@@ -85,8 +123,9 @@ pub(crate) fn run(selection: &Selection) -> Result<u8> {
         let begin = Instant::now();
         let result = match suite.place {
             Place::Here(run) => run(),
-            Place::DevVm => vm.run(suite.name, Linkage::Dynamic, &selection.arguments),
-            Place::DevVmStatic => vm.run(suite.name, Linkage::Static, &selection.arguments),
+            place => place
+                .binary(suite.name)
+                .and_then(|binary| vm.run(&binary, &selection.arguments)),
         };
         if let Err(error) = &result {
             progress::note(&format!("suite {} failed: {error:#}", suite.name));

@@ -21,9 +21,9 @@ use crate::sys::process::exit_now;
 /// The argument that tells a helper from the agent.
 pub(crate) const ROLE: &str = "container-helper";
 
-/// All of a container's namespaces, for an exec.
-const ALL: ThreadNameSpaceType = ThreadNameSpaceType::MOUNT
-    .union(ThreadNameSpaceType::CONTROL_GROUP)
+/// A container's namespaces, for an exec. All but the cgroup namespace: from within it the helper
+/// could not clone into the container's cgroup, as its own lies outside (cgroup v2, "nsdelegate").
+const JOINED: ThreadNameSpaceType = ThreadNameSpaceType::MOUNT
     .union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME)
     .union(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION)
     .union(ThreadNameSpaceType::PROCESS_ID)
@@ -68,6 +68,7 @@ fn work(channel: &Channel) -> Result<()> {
             let inherited = Inherited {
                 channel,
                 streams: descriptors.streams,
+                init: descriptors.init,
                 filter,
             };
             let error = match &job {
@@ -97,7 +98,7 @@ fn join(job: &Job, descriptors: &Descriptors) -> Result<u64> {
         }
         Job::Exec(_) => {
             if let Some(init) = &descriptors.init {
-                move_into_thread_name_spaces(init.as_fd(), ALL)
+                move_into_thread_name_spaces(init.as_fd(), JOINED)
                     .context(|| "join the container's namespaces")?;
             }
             Ok(0)

@@ -10,6 +10,7 @@ use rustix::fs::{CWD, Gid, Mode, OFlags, Uid, fchown, openat};
 use rustix::io::Errno;
 use rustix::process::{chdir, getcwd, setsid, umask};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::capabilities::{self, keep_across_user_change, keep_no_longer};
 use super::channel::Channel;
@@ -28,6 +29,8 @@ pub(super) struct Inherited<'a> {
     pub(super) channel: &'a Channel,
     /// Standard input, output and error; empty with a terminal.
     pub(super) streams: Vec<OwnedFd>,
+    /// The container's first process, for an exec.
+    pub(super) init: Option<OwnedFd>,
     /// The compiled seccomp profile.
     pub(super) filter: Option<Filter>,
 }
@@ -43,7 +46,7 @@ pub(super) fn container(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Agen
 
 /// Executes a program in a container that the helper has joined. Only returns on failure.
 pub(super) fn exec(plan: &ProcessPlan, inherited: &Inherited<'_>) -> AgentError {
-    match open_terminal(plan) {
+    match join_cgroup_namespace(inherited).and_then(|()| open_terminal(plan)) {
         Ok(terminal) => execute(plan, inherited, terminal, false),
         Err(error) => error,
     }
@@ -76,6 +79,16 @@ fn build(plan: &ContainerPlan) -> Result<Option<Terminal>> {
     make_cwd(&root, &plan.process.cwd)?;
     rootfs::enter(&root, &plan.rootfs)?;
     Ok(terminal)
+}
+
+fn join_cgroup_namespace(inherited: &Inherited<'_>) -> Result<()> {
+    let Some(init) = &inherited.init else {
+        return Err(AgentError::internal(
+            "the container's first process is missing",
+        ));
+    };
+    move_into_thread_name_spaces(init.as_fd(), ThreadNameSpaceType::CONTROL_GROUP)
+        .context(|| "join the container's cgroup namespace")
 }
 
 fn open_terminal(plan: &ProcessPlan) -> Result<Option<Terminal>> {

@@ -37,6 +37,9 @@ export KATA_AGENT_SERVER_ADDR=unix:///share/agent.sock
 exec /sbin/init
 "#;
 
+/// Far longer than anything takes on a slow machine.
+const LONG: Duration = Duration::from_secs(60);
+
 /// A running agent.
 pub struct Rig {
     process: Running,
@@ -96,6 +99,7 @@ impl Rig {
         )?;
         let cgroup = cgroup_mount()?.join(format!("kata-agent-{}-{number}", std::process::id()));
         fs::create_dir(&cgroup).context("cgroup")?;
+        delegate(&cgroup)?;
         let mut command = Command::new("sh");
         command
             .arg("-c")
@@ -124,9 +128,15 @@ impl Rig {
                 }
             }
         };
-        let client = timeout(Duration::from_secs(20), connect)
+        let client = timeout(LONG, connect)
             .await
             .context("the agent does not listen")?;
+        // The guest's hierarchy has no process in its root; elsewhere controllers want it so.
+        let leaf = process.cgroup.join("agent");
+        fs::create_dir(&leaf)?;
+        for pid in fs::read_to_string(process.cgroup.join("cgroup.procs"))?.lines() {
+            fs::write(leaf.join("cgroup.procs"), pid).context("move into the leaf")?;
+        }
         Ok(Self {
             process,
             root,
@@ -336,6 +346,20 @@ fn remove_tree(path: &Path) -> std::io::Result<()> {
     fs::remove_dir(path)
 }
 
+/// Passes every controller of the host on to `cgroup`.
+fn delegate(cgroup: &Path) -> Result<()> {
+    let root = cgroup_mount()?;
+    for name in fs::read_to_string(root.join("cgroup.controllers"))?.split_whitespace() {
+        // One that is bound to a v1 hierarchy or has no use here stays behind.
+        let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{name}"));
+    }
+    ensure!(
+        cgroup.join("memory.max").exists(),
+        "no memory controller for {cgroup:?}"
+    );
+    Ok(())
+}
+
 fn cgroup_mount() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let mount = mounts
@@ -347,7 +371,20 @@ fn cgroup_mount() -> Result<PathBuf> {
 }
 
 pub fn ctx() -> Context {
-    with_timeout(Duration::from_secs(20).as_nanos() as i64)
+    with_timeout(LONG.as_nanos() as i64)
+}
+
+/// Waits until `check` holds. The limit is for a machine that is slow beyond measure.
+pub async fn eventually(what: &str, check: impl AsyncFn() -> Result<bool>) -> Result<()> {
+    let asked = async {
+        while !check().await? {
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    timeout(LONG, asked)
+        .await
+        .with_context(|| format!("never: {what}"))?
 }
 
 pub fn texts(words: &[&str]) -> Vec<String> {
