@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `containerd-shim-kata-v2`: a containerd runtime v2 shim whose containers run in a virtual
-//! machine.
+//! The programs of the runtime: `containerd-shim-kata-v2`, a containerd runtime v2 shim whose
+//! containers run in a virtual machine, and `kata-ctl`, the operator's view of it.
 //!
-//! One binary, three lives: the short-lived commands that containerd runs (`start`, `delete`), the
-//! shim that serves a sandbox's containers, and, as the shim's child, the virtual machine monitor.
-//! The shim speaks ttrpc with containerd on one side and with the guest's agent on the other, and
+//! The shim is one binary with three lives: the short-lived commands that containerd runs (`start`,
+//! `delete`), the shim that serves a sandbox's containers, and, as the shim's child, the virtual
+//! machine monitor. The serving shim speaks ttrpc with containerd on one side and with the guest's agent on the other, and
 //! typed control messages with its monitor.
 
 mod agent;
@@ -37,7 +37,8 @@ use rustix::thread::set_name;
 use crate::cli::{Action, Arguments};
 use crate::error::{Context, Result};
 
-fn main() -> ExitCode {
+/// `containerd-shim-kata-v2`, with the process's arguments.
+pub fn shim() -> ExitCode {
     let arguments = match cli::parse(env::args_os().skip(1)) {
         Ok(arguments) => arguments,
         Err(error) => return fail(&error.chain()),
