@@ -80,7 +80,9 @@ impl ProcessId {
         };
         let handle = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(handle) => handle,
-            Err(Errno::SRCH) => return Ok(None),
+            // EINVAL: it is being reaped at this moment (pidfd_open(2) has no flag to object to, and
+            // Linux says so of a number that still exists and leads no thread group any more).
+            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // Compared after the handle is held: the number can't change its owner any more.
