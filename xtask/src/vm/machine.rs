@@ -258,7 +258,7 @@ fn last_words(folder: &Path) -> String {
     format!(
         "{}\n{}",
         progress::tail(&folder.join("qemu.log"), 5),
-        progress::tail(&folder.join("console.log"), 15)
+        progress::tail(&folder.join("console.log"), 60)
     )
     .trim()
     .to_owned()
