@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::cli::check_id;
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Kind, Result, ShimError};
 
 /// Annotations that say what a container is to its pod: containerd's and CRI-O's.
 const CONTAINER_TYPE: [&str; 2] = [
@@ -31,16 +31,18 @@ pub(crate) struct Bundle {
 /// The sandbox that a container belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Membership {
-    /// The container makes the sandbox: a single one, or a pod's first.
-    Owner(String),
-    /// The container comes into the sandbox of this name.
+    /// The container has a sandbox of its own.
+    Single(String),
+    /// The container stands for a pod's sandbox: the "pause" container.
+    Sandbox(String),
+    /// The container comes into the pod of this name.
     Member(String),
 }
 
 impl Membership {
     pub(crate) fn id(&self) -> &str {
         match self {
-            Self::Owner(id) | Self::Member(id) => id,
+            Self::Single(id) | Self::Sandbox(id) | Self::Member(id) => id,
         }
     }
 
@@ -50,10 +52,10 @@ impl Membership {
 }
 
 /// The part of the configuration that says where a container belongs.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Annotated {
     #[serde(default)]
-    annotations: HashMap<String, String>,
+    annotations: Option<HashMap<String, String>>,
 }
 
 impl Bundle {
@@ -81,7 +83,7 @@ impl Bundle {
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Membership::Owner(id.to_owned()));
+                return Ok(Membership::Single(id.to_owned()));
             }
             Err(error) => return Err(error).internal(|| format!("read {}", path.display())),
         };
@@ -94,21 +96,29 @@ impl Bundle {
     }
 }
 
-/// Reads the pod's annotations.
+/// Reads the pod's annotations. The sandbox API of containerd leaves the configuration empty.
 fn membership(id: &str, configuration: &[u8]) -> Result<Membership> {
-    let annotated: Annotated = serde_json::from_slice(configuration)
-        .context(Kind::InvalidArgument, || "config.json".to_owned())?;
-    let find = |names: [&str; 2]| {
-        names
-            .iter()
-            .find_map(|&name| annotated.annotations.get(name))
-    };
+    let annotations = serde_json::from_slice::<Option<Annotated>>(configuration)
+        .context(Kind::InvalidArgument, || "config.json".to_owned())?
+        .unwrap_or_default()
+        .annotations
+        .unwrap_or_default();
+    let find = |names: [&str; 2]| names.iter().find_map(|&name| annotations.get(name));
     match (find(CONTAINER_TYPE).map(String::as_str), find(SANDBOX_ID)) {
+        (Some("sandbox"), _) => Ok(Membership::Sandbox(id.to_owned())),
         (Some("container"), Some(sandbox)) if sandbox != id => {
             check_id("sandbox id", sandbox)?;
             Ok(Membership::Member(sandbox.clone()))
         }
-        _ => Ok(Membership::Owner(id.to_owned())),
+        (Some("container"), _) => Err(ShimError::new(
+            Kind::InvalidArgument,
+            format!("config.json: container {id} of a pod names no sandbox"),
+        )),
+        (Some(other), _) => Err(ShimError::new(
+            Kind::InvalidArgument,
+            format!("config.json: container type {other:?}: wants sandbox or container"),
+        )),
+        (None, _) => Ok(Membership::Single(id.to_owned())),
     }
 }
 
@@ -137,17 +147,25 @@ mod tests {
             );
             assert_eq!(
                 membership("pod", text("sandbox").as_bytes()).unwrap(),
-                Membership::Owner("pod".to_owned())
+                Membership::Sandbox("pod".to_owned())
             );
         }
     }
 
     #[test]
     fn others_are_their_own_sandbox() {
-        assert_eq!(
-            membership("t1", b"{}").unwrap(),
-            Membership::Owner("t1".to_owned())
-        );
+        for text in ["{}", "null", r#"{"annotations":null}"#] {
+            assert_eq!(
+                membership("t1", text.as_bytes()).unwrap(),
+                Membership::Single("t1".to_owned())
+            );
+        }
+    }
+
+    #[test]
+    fn a_member_without_a_pod_is_refused() {
+        let text = br#"{"annotations":{"io.kubernetes.cri.container-type":"container"}}"#;
+        assert!(membership("c1", text).is_err());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     // A bundle that can't be read any more must not keep its sandbox from being removed.
     let sandbox = bundle
         .sandbox(&arguments.id)
-        .unwrap_or_else(|_| Membership::Owner(arguments.id.clone()));
+        .unwrap_or_else(|_| Membership::Single(arguments.id.clone()));
     let socket = paths::shim_socket(&arguments.address, &arguments.namespace, sandbox.id());
     // A pod's shim outlives a container that failed; only the sandbox's own end is its end.
     let in_use = sandbox.is_member() && UnixStream::connect(&socket).is_ok();

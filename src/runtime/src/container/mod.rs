@@ -7,6 +7,7 @@
 
 mod actor;
 pub(crate) mod io;
+mod pause;
 mod process;
 mod registry;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use protocols::agent::oci;
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use actor::{Actor, Parts};
+pub(crate) use pause::Pause;
 pub(crate) use registry::Registry;
 
 use self::actor::Report;

@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
 
 use super::Handle;
 use crate::error::{Kind, Result, ShimError};
@@ -12,6 +15,7 @@ use crate::error::{Kind, Result, ShimError};
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     containers: Mutex<HashMap<String, Option<Handle>>>,
+    emptied: Notify,
 }
 
 /// A name that is taken until it is released: a create that fails gives it back.
@@ -59,11 +63,24 @@ impl Registry {
         self.lock().is_empty()
     }
 
-    /// Forgets a container; whether it was the last.
-    pub(super) fn remove(&self, id: &str) -> bool {
+    /// Forgets a container.
+    pub(super) fn remove(&self, id: &str) {
         let mut containers = self.lock();
         containers.remove(id);
-        containers.is_empty()
+        if containers.is_empty() {
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// Waits until there is no container any more.
+    pub(crate) async fn emptied(&self) {
+        let emptied = self.emptied.notified();
+        let mut emptied = pin!(emptied);
+        // Hears what happens from here on, before it looks.
+        emptied.as_mut().enable();
+        if !self.is_empty() {
+            emptied.await;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {

@@ -156,6 +156,7 @@ struct Fixture {
     guest: Arc<Guest>,
     container: Handle,
     registry: Arc<Registry>,
+    sandbox: Arc<Sandbox>,
     published: Published,
     /// The connection to the agent.
     line: StdStream,
@@ -165,6 +166,15 @@ struct Fixture {
 impl Fixture {
     /// A container that was created.
     async fn new() -> Self {
+        Self::with(Actor::spawn).await
+    }
+
+    /// A pod's sandbox container that was created.
+    async fn pause() -> Self {
+        Self::with(Pause::spawn).await
+    }
+
+    async fn with(spawn: impl FnOnce(Parts) -> Handle) -> Self {
         let guest = Arc::new(Guest::default());
         let (ours, theirs) = StdStream::pair().unwrap();
         let line = theirs.try_clone().unwrap();
@@ -183,12 +193,15 @@ impl Fixture {
         let (events, published) = Publisher::to_test();
         let registry = Arc::new(Registry::default());
         let stdio = Stdio::default();
-        let container = Actor::spawn(Parts {
+        let sandbox = Arc::new(Sandbox::for_test(agent));
+        let container = spawn(Parts {
             id: "c".to_owned(),
             bundle: "/b".to_owned(),
+            pid: 1,
+            owns_sandbox: true,
             streams: stdio.open().unwrap(),
             stdio,
-            sandbox: Arc::new(Sandbox::for_test(agent)),
+            sandbox: Arc::clone(&sandbox),
             events,
             registry: Arc::clone(&registry),
         });
@@ -197,6 +210,7 @@ impl Fixture {
             guest,
             container,
             registry,
+            sandbox,
             published,
             line,
             _server: server,
@@ -262,11 +276,11 @@ impl Fixture {
             .await
     }
 
-    async fn pause(&self) -> Result<()> {
+    async fn freeze(&self) -> Result<()> {
         self.container.ask(|reply| Command::Pause { reply }).await
     }
 
-    async fn resume(&self) -> Result<()> {
+    async fn thaw(&self) -> Result<()> {
         self.container.ask(|reply| Command::Resume { reply }).await
     }
 
@@ -283,18 +297,18 @@ fn kind<T: std::fmt::Debug>(result: Result<T>) -> Kind {
 async fn a_life_in_order() {
     let mut it = Fixture::new().await;
     assert_eq!(it.status("").await.unwrap(), Status::Created);
-    assert_eq!(kind(it.pause().await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.freeze().await), Kind::FailedPrecondition);
     it.start("").await.unwrap();
     assert_eq!(kind(it.start("").await), Kind::FailedPrecondition);
     assert_eq!(it.status("").await.unwrap(), Status::Running);
     assert_eq!(kind(it.delete("").await), Kind::FailedPrecondition);
 
-    it.pause().await.unwrap();
+    it.freeze().await.unwrap();
     assert_eq!(it.status("").await.unwrap(), Status::Paused);
-    assert_eq!(kind(it.pause().await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.freeze().await), Kind::FailedPrecondition);
     assert_eq!(kind(it.add_exec("late").await), Kind::FailedPrecondition);
-    it.resume().await.unwrap();
-    assert_eq!(kind(it.resume().await), Kind::FailedPrecondition);
+    it.thaw().await.unwrap();
+    assert_eq!(kind(it.thaw().await), Kind::FailedPrecondition);
 
     it.add_exec("e").await.unwrap();
     assert_eq!(kind(it.add_exec("e").await), Kind::AlreadyExists);
@@ -387,4 +401,47 @@ async fn a_container_whose_machine_dies_ends_once() {
         it.events(),
         ["/tasks/start", "/tasks/exit", "/tasks/delete"]
     );
+}
+
+#[tokio::test]
+async fn a_sandbox_container_lives_without_a_process() {
+    let mut it = Fixture::pause().await;
+    assert_eq!(it.status("").await.unwrap(), Status::Created);
+    it.start("").await.unwrap();
+    assert_eq!(kind(it.start("").await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.delete("").await), Kind::FailedPrecondition);
+    assert_eq!(kind(it.add_exec("e").await), Kind::Unimplemented);
+    assert_eq!(kind(it.status("e").await), Kind::NotFound);
+    it.freeze().await.unwrap();
+    assert_eq!(it.status("").await.unwrap(), Status::Paused);
+    it.thaw().await.unwrap();
+    // A signal that the program wouldn't notice.
+    it.kill("", 1).await.unwrap();
+    assert_eq!(it.status("").await.unwrap(), Status::Running);
+    it.kill("", 15).await.unwrap();
+    assert_eq!(it.wait("").await.unwrap(), 0);
+    assert_eq!(kind(it.kill("", 9).await), Kind::NotFound);
+    assert_eq!(it.delete("").await.unwrap(), 0);
+    assert!(it.registry.is_empty());
+    assert_eq!(
+        it.events(),
+        ["start", "paused", "resumed", "exit", "delete"].map(|name| format!("/tasks/{name}"))
+    );
+}
+
+#[tokio::test]
+async fn a_sandbox_container_ends_with_its_machine() {
+    let mut it = Fixture::pause().await;
+    it.start("").await.unwrap();
+    it.sandbox.kill().await;
+    assert_eq!(it.wait("").await.unwrap(), 255);
+    assert_eq!(it.events(), ["/tasks/start", "/tasks/exit"]);
+}
+
+#[tokio::test]
+async fn a_sandbox_container_that_was_never_started_is_ended_and_deleted() {
+    let mut it = Fixture::pause().await;
+    assert_eq!(it.delete("").await.unwrap(), 137);
+    assert!(it.sandbox.has_ended() || it.sandbox.was_stopped());
+    assert_eq!(it.events(), ["/tasks/exit", "/tasks/delete"]);
 }

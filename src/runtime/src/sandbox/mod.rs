@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A sandbox: one virtual machine, its agent, and the files that it shares with the guest.
 //!
-//! It is made with its first container and lives until its last is deleted. Every object that it
+//! It is made with its first container: one that has it to itself, or the one that stands for a pod,
+//! and lives as long as that. Every object that it
 //! makes on the host is in the journal first.
 
 pub(crate) mod journal;
+mod plan;
 mod share;
+mod size;
 mod vm;
 
 use std::fs::{File, OpenOptions};
@@ -14,24 +17,27 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use protocols::agent::agent::{CreateSandboxRequest, Storage};
+use protocols::agent::agent::CreateSandboxRequest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use self::journal::{Journal, Object};
+pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
+use self::size::Size;
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
-use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS};
+use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::paths;
 use crate::process::ProcessId;
-use crate::spec::Spec;
 
 /// The agent's vsock port.
 const AGENT_PORT: u32 = 1024;
@@ -62,6 +68,8 @@ pub(crate) struct Sandbox {
     vm: Vm,
     agent: Agent,
     config: Config,
+    plan: Plan,
+    stopping: AtomicBool,
     journal: Mutex<Option<Journal>>,
 }
 
@@ -73,23 +81,25 @@ pub(crate) struct Booting {
     share: Arc<Share>,
     vm: Vm,
     config: Config,
+    plan: Plan,
     journal: Journal,
     begun: Instant,
 }
 
 impl Booting {
-    /// Makes the sandbox's host objects and starts its machine, large enough for `spec`.
+    /// Makes the sandbox's host objects and starts its machine.
     ///
     /// On failure nothing is left behind.
-    pub(crate) fn start(id: &str, name: &str, config: Config, spec: &Spec) -> Result<Self> {
+    pub(crate) fn start(id: &str, name: &str, config: Config, plan: Plan) -> Result<Self> {
         let mut journal = Journal::create(paths::journal(name))?;
-        match Self::start_with(id, name, config, spec, &mut journal) {
-            Ok((share, vm, config)) => Ok(Self {
+        match Self::start_with(id, name, &config, &plan, &mut journal) {
+            Ok((share, vm)) => Ok(Self {
                 id: id.to_owned(),
                 name: name.to_owned(),
                 share: Arc::new(share),
                 vm,
                 config,
+                plan,
                 journal,
                 begun: Instant::now(),
             }),
@@ -103,14 +113,14 @@ impl Booting {
     fn start_with(
         id: &str,
         name: &str,
-        config: Config,
-        spec: &Spec,
+        config: &Config,
+        plan: &Plan,
         journal: &mut Journal,
-    ) -> Result<(Share, Vm, Config)> {
+    ) -> Result<(Share, Vm)> {
         let kvm = open_kvm()?;
         let kernel = open("guest kernel", &config.kernel)?;
         let image = open("guest image", &config.image)?;
-        let (vcpus, memory_mib) = size(&config, spec)?;
+        let Size { vcpus, memory_mib } = plan.size;
         journal.record(Object::Process(
             ProcessId::own().internal(|| "own process".to_owned())?,
         ))?;
@@ -168,7 +178,7 @@ impl Booting {
             Ok(vm)
         });
         match recorded {
-            Ok(vm) => Ok((share, vm, config)),
+            Ok(vm) => Ok((share, vm)),
             Err(error) => {
                 if let Err(error) = share.close() {
                     warn!(error = error.chain(), "shared tree not unmounted");
@@ -184,8 +194,8 @@ impl Booting {
     }
 
     /// Waits for the agent and sets the sandbox up in the guest.
-    pub(crate) async fn finish(self, hostname: &str) -> Result<Sandbox> {
-        match self.connect(hostname).await {
+    pub(crate) async fn finish(self) -> Result<Sandbox> {
+        match self.connect().await {
             Ok(agent) => {
                 info!(
                     sandbox = self.id,
@@ -198,6 +208,8 @@ impl Booting {
                     vm: self.vm,
                     agent,
                     config: self.config,
+                    plan: self.plan,
+                    stopping: AtomicBool::new(false),
                     journal: Mutex::new(Some(self.journal)),
                 })
             }
@@ -217,7 +229,7 @@ impl Booting {
         remove(self.journal);
     }
 
-    async fn connect(&self, hostname: &str) -> Result<Agent> {
+    async fn connect(&self) -> Result<Agent> {
         let files = format!(
             "kernel {}, image {}",
             self.config.kernel.display(),
@@ -226,17 +238,16 @@ impl Booting {
         self.vm.ready(self.config.boot_timeout, &files).await?;
         let stream = dial(&paths::vsock(&self.name)).await?;
         let agent = Agent::new(stream, self.config.call_timeout);
+        let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
+        if let Some(pod) = &self.plan.pod {
+            dns.clone_from(&pod.dns);
+            storages.push(pod.shm());
+        }
         let request = CreateSandboxRequest {
-            hostname: hostname.to_owned(),
+            hostname: self.plan.hostname.clone(),
+            dns,
             sandbox_id: self.id.clone(),
-            storages: vec![Storage {
-                driver: "virtio-fs".to_owned(),
-                source: "kataShared".to_owned(),
-                fstype: "virtiofs".to_owned(),
-                options: vec!["nodev".to_owned()],
-                mount_point: share::GUEST_ROOT.to_owned(),
-                ..Default::default()
-            }],
+            storages,
             ..Default::default()
         };
         agent.create_sandbox(&request).await?;
@@ -254,6 +265,8 @@ impl Sandbox {
             vm: Vm::for_test(),
             agent,
             config: Config::load(None).unwrap(),
+            plan: Plan::for_test(),
+            stopping: AtomicBool::new(false),
             journal: Mutex::new(None),
         }
     }
@@ -274,7 +287,11 @@ impl Sandbox {
         &self.config
     }
 
-    /// The process that stands for every process of the guest.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The machine's process.
     pub(crate) fn pid(&self) -> u32 {
         self.vm.pid()
     }
@@ -288,6 +305,11 @@ impl Sandbox {
         self.vm.has_ended()
     }
 
+    /// Whether the machine ends, or has ended, because it was told to.
+    pub(crate) fn was_stopped(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
     /// Ends a machine whose agent can't be reached any more.
     pub(crate) async fn kill(&self) {
         self.vm.stop().await;
@@ -296,6 +318,7 @@ impl Sandbox {
     /// Ends the sandbox and removes everything of it from the host. Called again, it waits for
     /// the first call's end.
     pub(crate) async fn stop(&self) -> Result<()> {
+        self.stopping.store(true, Ordering::Relaxed);
         let mut journal = self.journal.lock().await;
         let Some(journal) = journal.take() else {
             return Ok(());
@@ -307,7 +330,12 @@ impl Sandbox {
             }
             self.vm.stop().await;
         }
-        let closed = self.share.close();
+        // Waits for mounts in progress, so not here.
+        let share = Arc::clone(&self.share);
+        let closed = spawn_blocking(move || share.close())
+            .await
+            .internal(|| "task".to_owned())
+            .flatten();
         journal.close().and(closed)
     }
 }
@@ -350,46 +378,6 @@ fn open(what: &str, path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The machine's size: what its container's limits ask for and what the guest needs beside, or as
-/// configured where there is no limit. Memory that is never used still costs at boot, where the
-/// kernel describes every page.
-fn size(config: &Config, spec: &Spec) -> Result<(u8, u32)> {
-    /// What the guest needs beside the container, in MiB.
-    const OVERHEAD: u64 = 64;
-    /// The least for a container with a limit, in MiB: room for the guest's page cache.
-    const FLOOR: u64 = 256;
-    let configured = u64::from(config.memory_mib);
-    let resources = spec.linux.resources.as_ref();
-    let limit = resources.and_then(|resources| resources.memory.as_ref()?.limit);
-    let memory = limit
-        .and_then(|bytes| u64::try_from(bytes).ok())
-        // A limit that no host has is no limit.
-        .filter(|&bytes| bytes > 0 && bytes < 1 << 40)
-        .map_or(configured, |bytes| {
-            let wanted = (bytes >> 20).saturating_add(OVERHEAD);
-            wanted.max(FLOOR.min(configured))
-        });
-    let memory = u32::try_from(memory).internal(|| "memory".to_owned())?;
-    if memory < LEAST_MEMORY {
-        return Err(ShimError::new(
-            Kind::InvalidArgument,
-            format!("{memory} MiB of memory: a guest needs at least {LEAST_MEMORY}"),
-        ));
-    }
-    let cpu = resources.and_then(|resources| resources.cpu.as_ref());
-    let wanted = cpu
-        .and_then(|cpu| {
-            let quota = u64::try_from(cpu.quota?).ok()?;
-            let period = cpu.period.filter(|&period| period > 0)?;
-            Some(quota.div_ceil(period))
-        })
-        .unwrap_or(0);
-    let vcpus = u8::try_from(wanted)
-        .unwrap_or(MOST_VCPUS)
-        .clamp(config.vcpus, MOST_VCPUS);
-    Ok((vcpus, memory))
-}
-
 /// Connects to the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
 async fn dial(path: &Path) -> Result<UnixStream> {
     let context = || format!("connect to the agent at {}", path.display());
@@ -419,36 +407,4 @@ async fn dial(path: &Path) -> Result<UnixStream> {
         .await
         .context(Kind::DeadlineExceeded, context)?
         .context(Kind::Unavailable, context)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spec;
-
-    fn sized(resources: &str) -> (u8, u32) {
-        let text = format!("{{\"linux\": {{\"resources\": {resources}}}}}");
-        let config = Config::load(None).unwrap();
-        size(&config, &spec::read(text.as_bytes()).unwrap()).unwrap()
-    }
-
-    #[test]
-    fn a_machine_is_as_large_as_its_limits_ask() {
-        assert_eq!(sized("{}"), (1, 2048));
-        assert_eq!(sized(r#"{"memory": {"limit": 67108864}}"#), (1, 256));
-        assert_eq!(sized(r#"{"memory": {"limit": 4294967296}}"#), (1, 4160));
-        assert_eq!(sized(r#"{"memory": {"limit": -1}}"#), (1, 2048));
-        assert_eq!(
-            sized(r#"{"memory": {"limit": 9223372036854771712}}"#),
-            (1, 2048)
-        );
-        assert_eq!(
-            sized(r#"{"cpu": {"quota": 250000, "period": 100000}}"#),
-            (3, 2048)
-        );
-        assert_eq!(
-            sized(r#"{"cpu": {"quota": 99000000, "period": 1000}}"#),
-            (32, 2048)
-        );
-    }
 }

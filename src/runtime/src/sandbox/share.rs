@@ -18,7 +18,9 @@ use std::fs::{self, DirBuilder, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
+use protocols::agent::agent::Storage;
 use protocols::containerd::mount::Mount;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -30,6 +32,9 @@ use crate::spec::Bind;
 /// Where the agent mounts the tree.
 pub(crate) const GUEST_ROOT: &str = "/run/kata-containers/shared/containers";
 
+/// The tree's name on the virtio-fs device.
+pub(super) const TAG: &str = "kataShared";
+
 /// Folders and empty files only: mount points.
 const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
 
@@ -37,6 +42,20 @@ const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
 #[derive(Debug)]
 pub(crate) struct Share {
     root: PathBuf,
+    /// What comes late, after the end of the sandbox, must not mount anything any more.
+    closed: RwLock<bool>,
+}
+
+/// The tree, for the agent to mount.
+pub(super) fn storage() -> Storage {
+    Storage {
+        driver: "virtio-fs".to_owned(),
+        source: TAG.to_owned(),
+        fstype: "virtiofs".to_owned(),
+        options: vec!["nodev".to_owned()],
+        mount_point: GUEST_ROOT.to_owned(),
+        ..Storage::default()
+    }
 }
 
 impl Share {
@@ -45,6 +64,7 @@ impl Share {
         let context = || format!("make the shared tree at {}", root.display());
         let share = Self {
             root: root.to_owned(),
+            closed: RwLock::new(false),
         };
         rustix::mount::mount(
             "tmpfs",
@@ -78,6 +98,7 @@ impl Share {
     pub(crate) fn for_test() -> Self {
         Self {
             root: PathBuf::from("/nonexistent"),
+            closed: RwLock::new(false),
         }
     }
 
@@ -89,6 +110,18 @@ impl Share {
             .internal(|| format!("open {}", guest.display()))
     }
 
+    /// Keeps the tree from being closed.
+    fn hold(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            return Err(ShimError::new(
+                Kind::FailedPrecondition,
+                "the sandbox has ended",
+            ));
+        }
+        Ok(closed)
+    }
+
     /// Mounts a container's root file system: a snapshotter's mounts, or, where it has none, the
     /// folder that the specification names.
     pub(crate) fn add_rootfs(
@@ -97,6 +130,7 @@ impl Share {
         mounts: &[Mount],
         folder: &Path,
     ) -> Result<()> {
+        let _open = self.hold()?;
         let target = self.container(container).join("rootfs");
         make_folder(&target)?;
         if mounts.is_empty() {
@@ -121,6 +155,7 @@ impl Share {
 
     /// Shares a file or folder of the host with a container.
     pub(crate) fn add_volume(&self, container: &str, bind: &Bind) -> Result<()> {
+        let _open = self.hold()?;
         let source = &bind.source;
         let metadata = fs::metadata(source).context(Kind::InvalidArgument, || {
             format!("mount {}", source.display())
@@ -177,6 +212,8 @@ impl Share {
 
     /// Takes the tree away, with all that is still mounted in it.
     pub(crate) fn close(&self) -> Result<()> {
+        let mut closed = self.closed.write().unwrap_or_else(PoisonError::into_inner);
+        *closed = true;
         mount::unmount(&self.root).internal(|| format!("unmount {}", self.root.display()))
     }
 

@@ -19,6 +19,7 @@ use vmm::control::{
     PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };
 
+use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
 use crate::error::{Context, Kind, Result, ShimError};
 
@@ -144,7 +145,7 @@ impl Vm {
             }],
             nets: Vec::new(),
             filesystems: vec![Filesystem {
-                tag: "kataShared".to_owned(),
+                tag: share::TAG.to_owned(),
                 directory: files.add(machine.share.as_fd()),
                 read_only: false,
                 cache: FsCache::Auto,

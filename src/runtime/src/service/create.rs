@@ -2,8 +2,14 @@
 //! `Create`: from a bundle to a container that waits for its start.
 //!
 //! For a sandbox's first container the machine boots while the host mounts its root file system.
+//!
+//! The number that is reported for a sandbox is its machine's process, for a container of a pod
+//! it is the shim: nothing of the guest has a number on the host. That the two differ tells a
+//! container that joins its pod's processes from one that joins another container's, which a
+//! specification names by these numbers.
 
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::Arc;
 
 use protobuf::{Message, MessageField};
@@ -20,11 +26,11 @@ use crate::bundle::{Bundle, Membership};
 use crate::cli::check_id;
 use crate::config::Config;
 use crate::container::io::Stdio;
-use crate::container::{Actor, Command, Parts};
+use crate::container::{Actor, Command, Parts, Pause};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::paths;
-use crate::sandbox::{Booting, Sandbox, Share};
-use crate::spec::{self, Bind, Spec};
+use crate::sandbox::{Booting, GUEST_SHM, Plan, Sandbox, Share};
+use crate::spec::{self, Amended, Bind, Spec};
 
 /// Name of the runtime handler's options on the wire.
 const OPTIONS: &str = "runtimeoptions.v1.Options";
@@ -40,7 +46,7 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
     }
     let reservation = shim.registry.reserve(&request.id)?;
     let bundle = Bundle::open(Some(Path::new(&request.bundle)))?;
-    let mut spec = spec::read(&bundle.configuration()?)?;
+    let spec = spec::read(&bundle.configuration()?)?;
     let membership = bundle.sandbox(&request.id)?;
     let stdio = Stdio {
         stdin: request.stdin.clone(),
@@ -49,35 +55,31 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         terminal: request.terminal,
     };
     let streams = stdio.open()?;
-    let rootfs = Rootfs::new(&request, &bundle, &spec);
-    let (sandbox, binds) = match &membership {
-        Membership::Owner(id) => {
-            let config = Config::load(config_path(&request)?.as_deref())?;
-            let binds = amend(&mut spec, &request.id, config.seccomp)?;
-            (
-                boot(&shim, id, config, &spec, rootfs, binds.clone()).await?,
-                binds,
-            )
-        }
-        Membership::Member(id) => {
-            let sandbox = shim.sandbox(id)?;
-            let binds = amend(&mut spec, &request.id, sandbox.config().seccomp)?;
-            let share = sandbox.share();
-            let wanted = binds.clone();
-            blocking(move || rootfs.mount(&share, &wanted)).await?;
-            (sandbox, binds)
+    let sandbox = match &membership {
+        Membership::Sandbox(id) => pod(&shim, id, &request, &spec).await?,
+        Membership::Single(_) | Membership::Member(_) => {
+            container(&shim, &membership, &request, &bundle, spec).await?
         }
     };
-    let id = request.id.clone();
-    let created = create_in_guest(&sandbox, &request, spec, &binds).await;
-    if let Err(error) = created {
-        undo(&shim, &sandbox, &membership, &id).await;
-        return Err(error);
-    }
-    let pid = sandbox.pid();
-    shim.events.publish(&TaskCreate {
-        container_id: id.clone(),
+    let pid = match &membership {
+        Membership::Single(_) | Membership::Sandbox(_) => sandbox.pid(),
+        Membership::Member(_) => process::id(),
+    };
+    let parts = Parts {
+        id: request.id.clone(),
         bundle: request.bundle.clone(),
+        pid,
+        stdio,
+        streams,
+        sandbox,
+        owns_sandbox: !membership.is_member(),
+        events: shim.events.clone(),
+        registry: Arc::clone(&shim.registry),
+    };
+    info!(container = request.id, "created");
+    shim.events.publish(&TaskCreate {
+        container_id: request.id,
+        bundle: request.bundle,
         rootfs: request.rootfs,
         io: MessageField::some(TaskIO {
             stdin: request.stdin,
@@ -89,18 +91,54 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         pid,
         ..Default::default()
     });
-    let handle = Actor::spawn(Parts {
-        id: id.clone(),
-        bundle: request.bundle,
-        stdio,
-        streams,
-        sandbox: Arc::clone(&sandbox),
-        events: shim.events.clone(),
-        registry: Arc::clone(&shim.registry),
+    reservation.fulfil(match &membership {
+        Membership::Sandbox(_) => Pause::spawn(parts),
+        Membership::Single(_) | Membership::Member(_) => Actor::spawn(parts),
     });
-    reservation.fulfil(handle);
-    info!(container = id, "created");
     Ok(pid)
+}
+
+/// Makes a pod's sandbox. Of the container that stands for it, only the specification counts.
+async fn pod(
+    shim: &Arc<Shim>,
+    id: &str,
+    request: &CreateTaskRequest,
+    spec: &Spec,
+) -> Result<Arc<Sandbox>> {
+    let config = Config::load(config_path(request)?.as_deref())?;
+    let plan = Plan::pod(spec, &config)?;
+    boot(shim, id, config, plan, |_| Ok(())).await
+}
+
+/// Makes a container in the guest: with a sandbox of its own, or in its pod's.
+async fn container(
+    shim: &Arc<Shim>,
+    membership: &Membership,
+    request: &CreateTaskRequest,
+    bundle: &Bundle,
+    mut spec: Spec,
+) -> Result<Arc<Sandbox>> {
+    let rootfs = Rootfs::new(request, bundle, &spec);
+    let (sandbox, amended) = if let Membership::Member(id) = membership {
+        let sandbox = shim.sandbox(id)?;
+        let amended = amend(&mut spec, &request.id, sandbox.config(), Some(&sandbox))?;
+        let (share, binds) = (sandbox.share(), amended.binds.clone());
+        blocking(move || rootfs.mount(&share, &binds)).await?;
+        (sandbox, amended)
+    } else {
+        let config = Config::load(config_path(request)?.as_deref())?;
+        let plan = Plan::single(&spec, &config)?;
+        let amended = amend(&mut spec, &request.id, &config, None)?;
+        let binds = amended.binds.clone();
+        let mount = move |share: &Share| rootfs.mount(share, &binds);
+        let sandbox = boot(shim, membership.id(), config, plan, mount).await?;
+        (sandbox, amended)
+    };
+    if let Err(error) = create_in_guest(&sandbox, request, spec, &amended).await {
+        undo(shim, &sandbox, membership, &request.id).await;
+        return Err(error);
+    }
+    Ok(sandbox)
 }
 
 /// A container's files on the host.
@@ -151,17 +189,15 @@ async fn boot(
     shim: &Arc<Shim>,
     id: &str,
     config: Config,
-    spec: &Spec,
-    rootfs: Rootfs,
-    binds: Vec<Bind>,
+    plan: Plan,
+    mount: impl FnOnce(&Share) -> Result<()> + Send + 'static,
 ) -> Result<Arc<Sandbox>> {
     let name = paths::sandbox_name(&shim.namespace, id);
-    let (id, hostname) = (id.to_owned(), spec.hostname.clone());
-    let spec = spec.clone();
-    let booting = blocking(move || Booting::start(&id, &name, config, &spec)).await?;
+    let id = id.to_owned();
+    let booting = blocking(move || Booting::start(&id, &name, config, plan)).await?;
     let share = booting.share();
-    let mounting = blocking(move || rootfs.mount(&share, &binds));
-    let (mounted, booted) = tokio::join!(mounting, booting.finish(&hostname));
+    let mounting = blocking(move || mount(&share));
+    let (mounted, booted) = tokio::join!(mounting, booting.finish());
     let sandbox = Arc::new(booted?);
     if let Err(error) = mounted {
         stop(&sandbox).await;
@@ -176,9 +212,9 @@ async fn create_in_guest(
     sandbox: &Sandbox,
     request: &CreateTaskRequest,
     mut spec: Spec,
-    binds: &[Bind],
+    amended: &Amended,
 ) -> Result<()> {
-    for bind in binds {
+    for bind in &amended.binds {
         if let Some(mount) = spec.mounts.get_mut(bind.mount) {
             mount.source = Share::volume_in_guest(&request.id, bind);
         }
@@ -189,6 +225,7 @@ async fn create_in_guest(
     let request = CreateContainerRequest {
         container_id: request.id.clone(),
         OCI: MessageField::some(spec.into()),
+        sandbox_pidns: amended.shares_pids,
         ..Default::default()
     };
     sandbox.agent().create_container(&request).await
@@ -225,8 +262,22 @@ async fn stop(sandbox: &Sandbox) {
     }
 }
 
-fn amend(spec: &mut Spec, id: &str, seccomp: bool) -> Result<Vec<Bind>> {
-    spec::amend(spec, &Share::rootfs_in_guest(id), seccomp)
+fn amend(spec: &mut Spec, id: &str, config: &Config, sandbox: Option<&Sandbox>) -> Result<Amended> {
+    let pod = sandbox.and_then(|sandbox| {
+        let plan = sandbox.plan().pod.as_ref()?;
+        Some(spec::Pod {
+            id: sandbox.id(),
+            pid: sandbox.pid(),
+            sysctls: &plan.sysctls,
+            shm: GUEST_SHM,
+        })
+    });
+    let place = spec::Place {
+        rootfs: &Share::rootfs_in_guest(id),
+        seccomp: config.seccomp,
+        pod,
+    };
+    spec::amend(spec, &place)
 }
 
 /// The configuration file that containerd's runtime handler names.

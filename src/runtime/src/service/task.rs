@@ -3,6 +3,7 @@
 
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use protobuf::well_known_types::any::Any;
@@ -18,6 +19,7 @@ use protocols::containerd::shim::{
 use protocols::containerd::shim_ttrpc::Task;
 use protocols::containerd::task::{ProcessInfo, Status as TaskStatus};
 use tokio::sync::{Notify, oneshot};
+use tokio::time::sleep;
 use tracing::{debug, warn};
 use ttrpc::r#async::TtrpcContext;
 
@@ -29,6 +31,9 @@ use crate::error::{Context, Kind, Result, ShimError};
 use crate::events::Publisher;
 use crate::sandbox::Sandbox;
 use crate::spec;
+
+/// How long an idle shim waits for containerd's last word.
+const LINGER: Duration = Duration::from_secs(5);
 
 /// What a shim holds.
 #[derive(Debug)]
@@ -107,6 +112,21 @@ impl TaskService {
                 "not all removed"
             );
         }
+    }
+
+    /// containerd asks for the shutdown with a pod's sandbox container, and not again when others
+    /// are deleted after it.
+    fn shutdown_when_empty(&self) {
+        let service = self.clone();
+        tokio::spawn(async move {
+            service.shim.registry.emptied().await;
+            // It may ask after all, or make another container.
+            sleep(LINGER).await;
+            if service.shim.registry.is_empty() {
+                service.stop().await;
+                service.shim.shutdown.notify_one();
+            }
+        });
     }
 
     fn container(&self, id: &str) -> Result<Handle> {
@@ -356,6 +376,7 @@ impl Task for TaskService {
         // containerd asks after each task it deletes; the shim stays while it has others.
         if !self.shim.registry.is_empty() && !request.now {
             debug!("no shutdown while there are containers");
+            self.shutdown_when_empty();
             return Ok(Empty::new());
         }
         // Answered when nothing is left: what comes next may use the same name.

@@ -2,6 +2,7 @@
 //! What changes in a specification when its container lives in a guest: names of things on the
 //! host are replaced by the guest's, or refused.
 
+use std::collections::HashMap;
 use std::mem;
 use std::path::{Path, PathBuf};
 
@@ -42,10 +43,42 @@ pub(crate) struct Bind {
     pub(crate) read_only: Option<Tree>,
 }
 
-/// Amends all but the sources of bind mounts, which the caller shares and replaces.
-pub(crate) fn amend(spec: &mut Spec, rootfs: &str, seccomp: bool) -> Result<Vec<Bind>> {
+/// Where a container lives in its guest.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    /// Its root file system.
+    pub(crate) rootfs: &'a str,
+    /// Whether its seccomp profile is applied.
+    pub(crate) seccomp: bool,
+    /// The pod, for a container of one.
+    pub(crate) pod: Option<Pod<'a>>,
+}
+
+/// A container's pod.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pod<'a> {
+    pub(crate) id: &'a str,
+    /// The process of the host that was reported for the pod's sandbox container.
+    pub(crate) pid: u32,
+    /// Kernel parameters of its namespaces.
+    pub(crate) sysctls: &'a HashMap<String, String>,
+    /// Its shared memory in the guest.
+    pub(crate) shm: &'a str,
+}
+
+/// What is left for the caller to do.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Amended {
+    /// Bind mounts, to share; their sources are to be replaced then.
+    pub(crate) binds: Vec<Bind>,
+    /// The container joins the pod's processes.
+    pub(crate) shares_pids: bool,
+}
+
+/// Amends all but the sources of bind mounts.
+pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
     match &mut spec.root {
-        Some(root) => rootfs.clone_into(&mut root.path),
+        Some(root) => place.rootfs.clone_into(&mut root.path),
         None => return Err(refused("root", "missing")),
     }
     match &mut spec.process {
@@ -61,14 +94,22 @@ pub(crate) fn amend(spec: &mut Spec, rootfs: &str, seccomp: bool) -> Result<Vec<
         );
         linux.mount_label.clear();
     }
-    linux.namespaces = namespaces(mem::take(&mut linux.namespaces))?;
+    let (namespaces, shares_pids) = namespaces(mem::take(&mut linux.namespaces), place.pod)?;
+    linux.namespaces = namespaces;
+    for (name, value) in place.pod.iter().flat_map(|pod| pod.sysctls) {
+        // Set once a container: the namespaces are the pod's, and the value is the same.
+        linux
+            .sysctl
+            .entry(name.clone())
+            .or_insert_with(|| value.clone());
+    }
     linux.cgroups_path = guest_cgroup(&linux.cgroups_path);
     linux.devices = devices(mem::take(&mut linux.devices), linux.resources.as_ref())?;
     if let Some(resources) = &mut linux.resources {
         self::resources(resources);
     }
     match &linux.seccomp {
-        Some(profile) if seccomp => self::seccomp(profile)?,
+        Some(profile) if place.seccomp => self::seccomp(profile)?,
         Some(_) => {
             warn!("seccomp profile dropped: the configuration says disable_guest_seccomp");
             linux.seccomp = None;
@@ -76,10 +117,26 @@ pub(crate) fn amend(spec: &mut Spec, rootfs: &str, seccomp: bool) -> Result<Vec<
         None => {}
     }
     let mut binds = Vec::new();
-    for (index, mount) in spec.mounts.iter().enumerate() {
-        binds.extend(bind(index, mount)?);
+    for (index, mount) in spec.mounts.iter_mut().enumerate() {
+        match place.pod.filter(|pod| pod.owns_shm(mount)) {
+            Some(pod) => pod.shm.clone_into(&mut mount.source),
+            None => binds.extend(bind(index, mount)?),
+        }
     }
-    Ok(binds)
+    Ok(Amended { binds, shares_pids })
+}
+
+impl Pod<'_> {
+    /// Whether a mount is the pod's shared memory: the host's own, or what containerd and CRI-O
+    /// make, in a folder named by the pod. Anything else there is a volume.
+    fn owns_shm(self, mount: &Mount) -> bool {
+        let source = Path::new(&mount.source);
+        let named = |folder: &Path| folder.iter().any(|name| name == self.id);
+        mount.destination == "/dev/shm"
+            && mount.is_bind()
+            && (source == Path::new("/dev/shm")
+                || source.ends_with("shm") && source.parent().is_some_and(named))
+    }
 }
 
 /// Amends a process: the container's own, or an exec's.
@@ -150,10 +207,12 @@ fn hooks(hooks: &Hooks) -> Result<()> {
 }
 
 /// A namespace of the host can't be joined. The ones that a pod shares are shared by the machine
-/// itself: a path there asks for what is the case anyway.
-fn namespaces(namespaces: Vec<Namespace>) -> Result<Vec<Namespace>> {
+/// itself: a path there asks for what is the case anyway. The pod's processes are named by the
+/// process that was reported for its sandbox container.
+fn namespaces(namespaces: Vec<Namespace>, pod: Option<Pod<'_>>) -> Result<(Vec<Namespace>, bool)> {
     let mut kept = Vec::new();
-    for namespace in namespaces {
+    let mut shares_pids = false;
+    for mut namespace in namespaces {
         match (namespace.kind.as_str(), namespace.path.is_empty()) {
             (_, true) => kept.push(namespace),
             // The guest's own network, IPC and host name are the pod's.
@@ -164,6 +223,22 @@ fn namespaces(namespaces: Vec<Namespace>) -> Result<Vec<Namespace>> {
                     "shared by the machine"
                 );
             }
+            ("pid", false) if pod.is_some_and(|pod| namespace.path == pod.pids()) => {
+                // Made new for the first of them, joined by the others: the agent's business.
+                namespace.path.clear();
+                kept.push(namespace);
+                shares_pids = true;
+            }
+            ("pid", false) if pod.is_some() => {
+                return Err(refused(
+                    "linux.namespaces: pid",
+                    &format!(
+                        "{}: of a pod's containers, either all share their processes or none; \
+                         one can't join another's",
+                        namespace.path
+                    ),
+                ));
+            }
             (kind, false) => {
                 return Err(refused(
                     &format!("linux.namespaces: {kind}"),
@@ -172,7 +247,13 @@ fn namespaces(namespaces: Vec<Namespace>) -> Result<Vec<Namespace>> {
             }
         }
     }
-    Ok(kept)
+    Ok((kept, shares_pids))
+}
+
+impl Pod<'_> {
+    fn pids(self) -> String {
+        format!("/proc/{}/ns/pid", self.pid)
+    }
 }
 
 /// The guest's cgroup: the same path, with systemd's `slice:prefix:name` as a path too.
@@ -239,7 +320,7 @@ fn seccomp(profile: &Seccomp) -> Result<()> {
 fn bind(index: usize, mount: &Mount) -> Result<Option<Bind>> {
     let has = |word: &str| mount.options.iter().any(|option| option == word);
     let name = || format!("mounts: {}", mount.destination);
-    if mount.kind != "bind" && !has("bind") && !has("rbind") {
+    if !mount.is_bind() {
         if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) {
             return Ok(None);
         }

@@ -10,8 +10,8 @@ use protobuf::well_known_types::any::Any;
 use protocols::agent::oci;
 use serde::de::DeserializeOwned;
 
-pub(crate) use amend::{Bind, amend, amend_process};
-pub(crate) use model::{Process, Resources, Spec};
+pub(crate) use amend::{Amended, Bind, Place, Pod, amend, amend_process};
+pub(crate) use model::{Mount, Process, Resources, Spec};
 
 use crate::error::{Context, Kind, Result, ShimError};
 

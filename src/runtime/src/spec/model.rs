@@ -172,3 +172,11 @@ model! {
     }
     SyscallArgument { index: u64, value: u64, value_two: u64, op: String }
 }
+
+impl Mount {
+    /// Whether it binds a file or folder that exists.
+    pub(crate) fn is_bind(&self) -> bool {
+        let mut options = self.options.iter();
+        self.kind == "bind" || options.any(|option| option == "bind" || option == "rbind")
+    }
+}

@@ -42,9 +42,15 @@ const CTR: &str = r#"{
 }"#;
 
 fn amended(text: &str) -> Result<(oci::Spec, Vec<Bind>)> {
+    let place = Place {
+        rootfs: "/guest/rootfs",
+        seccomp: true,
+        pod: None,
+    };
     let mut spec = read(text.as_bytes())?;
-    let binds = amend(&mut spec, "/guest/rootfs", true)?;
-    Ok((spec.into(), binds))
+    let amended = amend(&mut spec, &place)?;
+    assert!(!amended.shares_pids);
+    Ok((spec.into(), amended.binds))
 }
 
 fn refusal(from: &str, to: &str) -> String {
@@ -187,4 +193,78 @@ fn null_is_empty() {
     let text = CTR.replace(r#""maskedPaths": ["/proc/acpi"]"#, r#""maskedPaths": null"#);
     let (spec, _) = amended(&text).unwrap();
     assert!(spec.Linux.MaskedPaths.is_empty());
+}
+
+/// What containerd's CRI writes for a container of the pod `p1`, whose sandbox is process 77.
+const MEMBER: &str = r#"{
+  "process": {"args": ["sh"], "cwd": "/"}, "root": {"path": "rootfs"},
+  "mounts": [
+    {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/hosts",
+     "options": ["rbind", "rprivate", "rw"]},
+    {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/cri/sandboxes/p1/shm",
+     "options": ["rbind", "rprivate", "rw"]}
+  ],
+  "linux": {
+    "sysctl": {"net.core.somaxconn": "1"},
+    "namespaces": [{"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"},
+      {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc", "path": "/proc/77/ns/ipc"},
+      {"type": "uts", "path": "/proc/77/ns/uts"}]
+  }
+}"#;
+
+fn member(text: &str) -> Result<(oci::Spec, Amended)> {
+    let sysctls = [("net.core.somaxconn", "9"), ("kernel.shm_rmid_forced", "1")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let place = Place {
+        rootfs: "/guest/rootfs",
+        seccomp: true,
+        pod: Some(Pod {
+            id: "p1",
+            pid: 77,
+            sysctls: &sysctls.into(),
+            shm: "/guest/shm",
+        }),
+    };
+    let mut spec = read(text.as_bytes())?;
+    let amended = amend(&mut spec, &place)?;
+    Ok((spec.into(), amended))
+}
+
+#[test]
+fn a_pod_s_container_gets_the_pod_s_namespaces_and_shared_memory() {
+    let (spec, amended) = member(MEMBER).unwrap();
+    assert!(amended.shares_pids);
+    let binds: Vec<_> = amended.binds.iter().map(|bind| bind.mount).collect();
+    assert_eq!(binds, [0]);
+    assert_eq!(spec.Mounts[1].source, "/guest/shm");
+    let namespaces: Vec<_> = spec
+        .Linux
+        .Namespaces
+        .iter()
+        .map(|namespace| (namespace.Type.as_str(), namespace.Path.as_str()))
+        .collect();
+    assert_eq!(namespaces, [("pid", ""), ("mount", "")]);
+    // What the container says itself wins.
+    assert_eq!(spec.Linux.Sysctl["net.core.somaxconn"], "1");
+    assert_eq!(spec.Linux.Sysctl["kernel.shm_rmid_forced"], "1");
+}
+
+#[test]
+fn a_volume_at_dev_shm_is_a_volume() {
+    let text = MEMBER.replace("cri/sandboxes/p1/shm", "pods/uid/volumes/shm");
+    let (_, amended) = member(&text).unwrap();
+    assert_eq!(amended.binds.len(), 2);
+}
+
+#[test]
+fn the_processes_of_another_container_can_t_be_joined() {
+    let text = MEMBER.replace("/proc/77/ns/pid", "/proc/78/ns/pid");
+    let error = member(&text).unwrap_err();
+    assert!(
+        error.chain().contains("/proc/78/ns/pid"),
+        "{}",
+        error.chain()
+    );
+    let own = MEMBER.replace(r#", "path": "/proc/77/ns/pid""#, "");
+    assert!(!member(&own).unwrap().1.shares_pids);
 }

@@ -137,7 +137,7 @@ impl Actor {
             if !exec.is_empty() {
                 self.watch(&name);
             }
-            answer(reply, Ok(self.sandbox.pid()));
+            answer(reply, Ok(self.pid));
         }
         if let Some(exit) = ended {
             self.ended(exec, exit);
@@ -145,7 +145,7 @@ impl Actor {
     }
 
     fn publish_start(&self, exec: &str) {
-        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        let (container_id, pid) = (self.id.clone(), self.pid);
         if exec.is_empty() {
             self.events.publish(&TaskStart {
                 container_id,
@@ -164,7 +164,7 @@ impl Actor {
 
     /// A process has ended.
     pub(super) fn ended(&mut self, exec: &str, exit: Exit) {
-        let pid = self.sandbox.pid();
+        let pid = self.pid;
         let id = self.id.clone();
         let Ok(process) = self.process(exec) else {
             return;
@@ -304,7 +304,7 @@ impl Actor {
             answer(reply, Err(error));
             return false;
         }
-        let pid = self.sandbox.pid();
+        let pid = self.pid;
         self.events.publish(&TaskDelete {
             container_id: self.id.clone(),
             pid,
@@ -312,8 +312,9 @@ impl Actor {
             exited_at: MessageField::some(exit.at.into()),
             ..TaskDelete::default()
         });
-        if self.registry.remove(&self.id) {
-            // The last one turns off the light; containerd's `Shutdown` finds it done.
+        self.registry.remove(&self.id);
+        if self.owns_sandbox {
+            // containerd's `Shutdown` finds it done.
             let sandbox = Arc::clone(&self.sandbox);
             tokio::spawn(async move {
                 if let Err(error) = sandbox.stop().await {

@@ -36,12 +36,15 @@ use crate::sandbox::Sandbox;
 
 /// The exit status of a process whose end nobody saw: its machine is gone. containerd's own word
 /// for "unknown".
-const UNKNOWN_STATUS: u32 = 255;
+pub(super) const UNKNOWN_STATUS: u32 = 255;
 
 /// How long a machine may outlive the connection to its agent.
 const ORPHAN_TIMEOUT: Duration = Duration::from_secs(2);
 
-const SIGKILL: u32 = 9;
+pub(super) const SIGKILL: u32 = 9;
+
+/// The exit status of a process that SIGKILL ended.
+const KILLED: u32 = 137;
 
 /// The outcome of a call to the guest.
 #[derive(Debug)]
@@ -80,9 +83,13 @@ pub(crate) enum Report {
 pub(crate) struct Parts {
     pub(crate) id: String,
     pub(crate) bundle: String,
+    /// The process of the host that is reported for it.
+    pub(crate) pid: u32,
     pub(crate) stdio: Stdio,
     pub(crate) streams: Streams,
     pub(crate) sandbox: Arc<Sandbox>,
+    /// Whether the sandbox is this container's, and ends with it.
+    pub(crate) owns_sandbox: bool,
     pub(crate) events: Publisher,
     pub(crate) registry: Arc<Registry>,
 }
@@ -92,7 +99,9 @@ pub(crate) struct Parts {
 pub(crate) struct Actor {
     id: String,
     bundle: String,
+    pid: u32,
     sandbox: Arc<Sandbox>,
+    owns_sandbox: bool,
     events: Publisher,
     registry: Arc<Registry>,
     handle: Handle,
@@ -118,7 +127,9 @@ impl Actor {
         let actor = Self {
             id: parts.id,
             bundle: parts.bundle,
+            pid: parts.pid,
             sandbox: parts.sandbox,
+            owns_sandbox: parts.owns_sandbox,
             events: parts.events,
             registry: parts.registry,
             handle: handle.clone(),
@@ -230,7 +241,7 @@ impl Actor {
             }
             Report::ExecDrained { exec, exit, reply } => {
                 self.execs.remove(&exec);
-                answer(reply, Ok((self.sandbox.pid(), exit)));
+                answer(reply, Ok((self.pid, exit)));
             }
             // Ends the loop: `run` takes it.
             Report::Removed { .. } => {}
@@ -247,7 +258,7 @@ impl Actor {
     }
 
     fn state(&mut self, exec: &str) -> Result<Snapshot> {
-        let (bundle, pid, paused) = (self.bundle.clone(), self.sandbox.pid(), self.paused);
+        let (bundle, pid, paused) = (self.bundle.clone(), self.pid, self.paused);
         let process = self.process(exec)?;
         Ok(Snapshot {
             bundle,
@@ -277,8 +288,13 @@ impl Actor {
                     if error.kind() == Kind::Unavailable {
                         await_end(&sandbox).await;
                     }
-                    warn!(process = ?name, error = error.chain(), "exit status unknown");
-                    UNKNOWN_STATUS
+                    if sandbox.was_stopped() {
+                        // The end of the sandbox is the end of what ran in it.
+                        KILLED
+                    } else {
+                        warn!(process = ?name, error = error.chain(), "exit status unknown");
+                        UNKNOWN_STATUS
+                    }
                 }
             };
             let exit = Exit {

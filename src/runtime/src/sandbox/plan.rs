@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a sandbox is to be, as its first container's specification says.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use protocols::agent::agent::Storage;
+use rustix::fs::statfs;
+use tracing::warn;
+
+use super::size::Size;
+use crate::config::Config;
+use crate::error::{Context, Kind, Result};
+use crate::spec::{Mount, Spec};
+
+/// Where every container finds its shared memory.
+const SHM: &str = "/dev/shm";
+
+/// Where every container finds its name servers.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// The pod's shared memory in the guest.
+pub(crate) const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
+
+/// What Kubernetes and Docker give where nobody asks for more.
+const SHM_SIZE: u64 = 64 << 20;
+
+/// `statfs(2)`: a tmpfs.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// A sandbox to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) size: Size,
+    /// The guest's; empty leaves the kernel's own.
+    pub(crate) hostname: String,
+    /// The network namespace of the host whose interfaces the guest gets.
+    pub(crate) network: Option<PathBuf>,
+    /// What the containers of a pod have in common; `None` for a container of its own.
+    pub(crate) pod: Option<PodPlan>,
+}
+
+/// What the containers of a pod have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PodPlan {
+    /// The lines of `resolv.conf`.
+    pub(crate) dns: Vec<String>,
+    /// The size of the shared memory, in bytes.
+    pub(crate) shm_size: u64,
+    /// Kernel parameters of the pod's namespaces.
+    pub(crate) sysctls: HashMap<String, String>,
+}
+
+impl Plan {
+    /// For a container that has a sandbox of its own.
+    pub(crate) fn single(spec: &Spec, config: &Config) -> Result<Self> {
+        Ok(Self {
+            size: Size::of_container(spec, config)?,
+            hostname: spec.hostname.clone(),
+            network: network(spec),
+            pod: None,
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test() -> Self {
+        let config = Config::load(None).unwrap();
+        Self::single(&Spec::default(), &config).unwrap()
+    }
+
+    /// For a pod, from the specification of the container that stands for it.
+    pub(crate) fn pod(spec: &Spec, config: &Config) -> Result<Self> {
+        let bind = |destination: &str| {
+            let mut mounts = spec.mounts.iter();
+            mounts.find(|mount| mount.destination == destination && mount.is_bind())
+        };
+        let dns = match bind(RESOLV_CONF) {
+            Some(mount) => lines(Path::new(&mount.source))?,
+            None => Vec::new(),
+        };
+        Ok(Self {
+            size: Size::of_pod(&spec.annotations, config)?,
+            hostname: spec.hostname.clone(),
+            network: network(spec),
+            pod: Some(PodPlan {
+                dns,
+                shm_size: bind(SHM).map_or(SHM_SIZE, shm_size),
+                sysctls: spec.linux.sysctl.clone(),
+            }),
+        })
+    }
+}
+
+impl PodPlan {
+    /// The shared memory, for the agent to mount.
+    pub(super) fn shm(&self) -> Storage {
+        Storage {
+            driver: "ephemeral".to_owned(),
+            source: "shm".to_owned(),
+            fstype: "tmpfs".to_owned(),
+            options: vec![
+                "noexec".to_owned(),
+                "nosuid".to_owned(),
+                "nodev".to_owned(),
+                "mode=1777".to_owned(),
+                format!("size={}", self.shm_size),
+            ],
+            mount_point: GUEST_SHM.to_owned(),
+            ..Storage::default()
+        }
+    }
+}
+
+fn network(spec: &Spec) -> Option<PathBuf> {
+    let mut namespaces = spec.linux.namespaces.iter();
+    let network = namespaces.find(|namespace| namespace.kind == "network")?;
+    Some(&network.path)
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from)
+}
+
+/// The size of the tmpfs that the pod would have had on the host.
+fn shm_size(mount: &Mount) -> u64 {
+    match statfs(Path::new(&mount.source)) {
+        Ok(found) if found.f_type == TMPFS_MAGIC => {
+            let block = u64::try_from(found.f_bsize).unwrap_or(0);
+            Some(found.f_blocks.saturating_mul(block))
+                .filter(|&size| size > 0)
+                .unwrap_or(SHM_SIZE)
+        }
+        Ok(_) => SHM_SIZE,
+        Err(error) => {
+            warn!(%error, source = mount.source, "shared memory of the default size");
+            SHM_SIZE
+        }
+    }
+}
+
+/// The lines of a `resolv.conf` that say something.
+fn lines(path: &Path) -> Result<Vec<String>> {
+    let text = fs::read_to_string(path)
+        .context(Kind::InvalidArgument, || format!("read {}", path.display()))?;
+    Ok(text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with(['#', ';']))
+        .map(ToOwned::to_owned)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec;
+
+    #[test]
+    fn a_pod_s_plan_comes_from_its_pause_container() {
+        let root = tempfile::tempdir().unwrap();
+        let resolv = root.path().join("resolv.conf");
+        fs::write(&resolv, "# by hand\nnameserver 10.0.0.10\n\nsearch a.b\n").unwrap();
+        let text = format!(
+            r#"{{"hostname": "web-0",
+                "annotations": {{"io.kubernetes.cri.sandbox-memory": "268435456"}},
+                "mounts": [
+                  {{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
+                    "options": ["rbind"]}},
+                  {{"destination": "/etc/resolv.conf", "type": "bind", "source": {resolv:?},
+                    "options": ["rbind", "ro"]}}],
+                "linux": {{"sysctl": {{"net.ipv4.ip_unprivileged_port_start": "0"}},
+                  "namespaces": [{{"type": "network", "path": "/run/netns/n"}}]}}}}"#
+        );
+        let spec = spec::read(text.as_bytes()).unwrap();
+        let plan = Plan::pod(&spec, &Config::load(None).unwrap()).unwrap();
+        let pod = plan.pod.unwrap();
+        assert_eq!(plan.hostname, "web-0");
+        assert_eq!(plan.size.memory_mib, 320);
+        assert_eq!(plan.network, Some("/run/netns/n".into()));
+        assert_eq!(pod.dns, ["nameserver 10.0.0.10", "search a.b"]);
+        assert_eq!(pod.sysctls.len(), 1);
+        assert!(pod.shm_size > 0);
+    }
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How large a machine is: what its containers' limits ask for and what the guest needs beside,
+//! or as configured where there is no limit. Memory that is never used still costs at boot, where
+//! the kernel describes every page.
+
+use std::collections::HashMap;
+
+use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS};
+use crate::error::{Context, Kind, Result, ShimError};
+use crate::spec::Spec;
+
+/// What the guest needs beside its containers, in MiB.
+const OVERHEAD: u64 = 64;
+/// The least for containers with a limit, in MiB: room for the guest's page cache.
+const FLOOR: u64 = 256;
+
+/// Annotations of containerd's CRI: the sums over the pod's containers.
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// A machine's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u32,
+}
+
+/// Limits as cgroups have them; absent, zero and negative mean none.
+#[derive(Debug, Default, Clone, Copy)]
+struct Limits {
+    /// In bytes.
+    memory: Option<i64>,
+    /// Microseconds of CPU time in each period.
+    quota: Option<i64>,
+    period: Option<u64>,
+}
+
+impl Size {
+    /// For a container that has its machine to itself.
+    pub(crate) fn of_container(spec: &Spec, config: &Config) -> Result<Self> {
+        let resources = spec.linux.resources.as_ref();
+        let cpu = resources.and_then(|resources| resources.cpu.as_ref());
+        let limits = Limits {
+            memory: resources.and_then(|resources| resources.memory.as_ref()?.limit),
+            quota: cpu.and_then(|cpu| cpu.quota),
+            period: cpu.and_then(|cpu| cpu.period),
+        };
+        limits.size(config)
+    }
+
+    /// For a pod, whose runtime sums up its containers in annotations. The shares that stand
+    /// beside them are weights between pods, and no size.
+    pub(crate) fn of_pod(annotations: &HashMap<String, String>, config: &Config) -> Result<Self> {
+        let limits = Limits {
+            memory: number(annotations, MEMORY)?,
+            quota: number(annotations, CPU_QUOTA)?,
+            period: number(annotations, CPU_PERIOD)?,
+        };
+        limits.size(config)
+    }
+}
+
+impl Limits {
+    fn size(self, config: &Config) -> Result<Size> {
+        let configured = u64::from(config.memory_mib);
+        let memory = self
+            .memory
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            // A limit that no host has is no limit.
+            .filter(|&bytes| bytes > 0 && bytes < 1 << 40)
+            .map_or(configured, |bytes| {
+                let wanted = (bytes >> 20).saturating_add(OVERHEAD);
+                wanted.max(FLOOR.min(configured))
+            });
+        let memory = u32::try_from(memory).internal(|| "memory".to_owned())?;
+        if memory < LEAST_MEMORY {
+            return Err(ShimError::new(
+                Kind::InvalidArgument,
+                format!("{memory} MiB of memory: a guest needs at least {LEAST_MEMORY}"),
+            ));
+        }
+        let wanted = self
+            .quota
+            .and_then(|quota| u64::try_from(quota).ok())
+            .and_then(|quota| {
+                quota
+                    .checked_next_multiple_of(self.period?)?
+                    .checked_div(self.period?)
+            })
+            .unwrap_or(0);
+        let vcpus = u8::try_from(wanted)
+            .unwrap_or(MOST_VCPUS)
+            .clamp(config.vcpus, MOST_VCPUS);
+        Ok(Size {
+            vcpus,
+            memory_mib: memory,
+        })
+    }
+}
+
+fn number<T>(annotations: &HashMap<String, String>, name: &str) -> Result<Option<T>>
+where
+    T: std::str::FromStr,
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    annotations
+        .get(name)
+        .map(|value| value.parse())
+        .transpose()
+        .context(Kind::InvalidArgument, || {
+            let value = annotations.get(name).map_or("", String::as_str);
+            format!("annotation {name}: {value:?}")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec;
+
+    fn sized(resources: &str) -> (u8, u32) {
+        let text = format!("{{\"linux\": {{\"resources\": {resources}}}}}");
+        let config = Config::load(None).unwrap();
+        let size = Size::of_container(&spec::read(text.as_bytes()).unwrap(), &config).unwrap();
+        (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn a_machine_is_as_large_as_its_limits_ask() {
+        assert_eq!(sized("{}"), (1, 2048));
+        assert_eq!(sized(r#"{"memory": {"limit": 67108864}}"#), (1, 256));
+        assert_eq!(sized(r#"{"memory": {"limit": 4294967296}}"#), (1, 4160));
+        assert_eq!(sized(r#"{"memory": {"limit": -1}}"#), (1, 2048));
+        assert_eq!(
+            sized(r#"{"memory": {"limit": 9223372036854771712}}"#),
+            (1, 2048)
+        );
+        assert_eq!(
+            sized(r#"{"cpu": {"quota": 250000, "period": 100000}}"#),
+            (3, 2048)
+        );
+        assert_eq!(sized(r#"{"cpu": {"quota": 1, "period": 0}}"#), (1, 2048));
+        assert_eq!(
+            sized(r#"{"cpu": {"quota": 99000000, "period": 1000}}"#),
+            (32, 2048)
+        );
+    }
+
+    fn pod(values: [&str; 3]) -> Result<Size> {
+        let annotations = [CPU_QUOTA, CPU_PERIOD, MEMORY]
+            .into_iter()
+            .zip(values)
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        Size::of_pod(&annotations, &Config::load(None).unwrap())
+    }
+
+    #[test]
+    fn a_pod_is_as_large_as_its_annotations_ask() {
+        let size = |values| pod(values).map(|size| (size.vcpus, size.memory_mib));
+        assert_eq!(size(["0", "100000", "0"]).unwrap(), (1, 2048));
+        assert_eq!(size(["150000", "100000", "1073741824"]).unwrap(), (2, 1088));
+        assert_eq!(size(["-1", "100000", "-1"]).unwrap(), (1, 2048));
+        let error = pod(["many", "100000", "0"]).unwrap_err();
+        assert!(error.chain().contains(CPU_QUOTA), "{}", error.chain());
+    }
+}
