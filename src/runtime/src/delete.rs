@@ -7,10 +7,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use protobuf::{Message, MessageField};
-use protocols::containerd::shim::DeleteResponse;
+use protocols::containerd::shim::{DeleteResponse, ShutdownRequest, StateRequest};
+use protocols::containerd::shim_ttrpc::TaskClient;
+use tokio::runtime;
+use ttrpc::Code;
 
 use crate::bundle::{Bundle, Membership};
 use crate::cli::Arguments;
@@ -22,6 +26,10 @@ use crate::sandbox::journal::Journal;
 /// Killed: what containerd itself records for a task whose shim is gone.
 const EXIT_STATUS: u32 = 137;
 
+/// How long a shim may take for an answer before it counts as dead. containerd waits five seconds
+/// for all of `delete`.
+const ANSWER: Duration = Duration::from_secs(2);
+
 /// Cleans up and prints the exit status.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let bundle = Bundle::open(arguments.bundle.as_deref())?;
@@ -30,9 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .sandbox(&arguments.id)
         .unwrap_or_else(|_| Membership::Single(arguments.id.clone()));
     let socket = paths::shim_socket(&arguments.address, &arguments.namespace, sandbox.id());
-    // A pod's shim outlives a container that failed; only the sandbox's own end is its end.
-    let in_use = sandbox.is_member() && UnixStream::connect(&socket).is_ok();
-    if !in_use {
+    if !is_done(&socket, &arguments.id, sandbox.is_member())? {
         if !sandbox.is_member() {
             kill_shim(&bundle, &arguments.id)?;
         }
@@ -58,6 +64,47 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .write_all(&bytes)
         .and_then(|()| output.flush())
         .internal(|| "print the answer".to_owned())
+}
+
+/// Whether a shim answers that sees to the rest. containerd runs `delete` after each task that it
+/// has deleted, too, when it closes that task's connection: a pod's shim may have other
+/// containers then, even without its sandbox's. A pod's shim also outlives a member that failed.
+/// A shim that still has the container, but was given up by containerd, is not done.
+fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
+    if UnixStream::connect(socket).is_err() {
+        return Ok(false);
+    }
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .internal(|| "start the runtime".to_owned())?;
+    Ok(runtime.block_on(async {
+        let address = format!("unix://{}", socket.display());
+        let Ok(client) = ttrpc::r#async::Client::connect(&address).await else {
+            return false;
+        };
+        let client = TaskClient::new(client);
+        let state = StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        match client.state(deadline(), &state).await {
+            Ok(_) => return is_member,
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {}
+            // It is being created, or the shim does not answer.
+            Err(_) => return is_member,
+        }
+        // Nobody may ask again: it goes if this was its last.
+        let shutdown = ShutdownRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        client.shutdown(deadline(), &shutdown).await.is_ok()
+    }))
+}
+
+fn deadline() -> ttrpc::context::Context {
+    ttrpc::context::with_timeout(i64::try_from(ANSWER.as_nanos()).unwrap_or(i64::MAX))
 }
 
 /// Kills the shim of this bundle, should it still run: one that hangs, or has no sandbox yet. Its
