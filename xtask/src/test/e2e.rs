@@ -2,7 +2,8 @@
 //! Suites that need root and a machine of their own: test binaries built here, run in one dev VM.
 
 use crate::build::Profile;
-use crate::vm::{Contents, Options, Vm};
+use crate::progress;
+use crate::vm::{Contents, Died, Options, Vm};
 use anyhow::{Result, bail};
 use std::path::Path;
 
@@ -14,7 +15,22 @@ pub(crate) struct Session {
 
 impl Session {
     /// Runs a test binary with the arguments.
+    ///
+    /// A dev VM that died fails no test: QEMU's emulation of a nested guest loses the dev VM's own
+    /// kernel now and then on a busy machine (twice in some ten hours of it). The suite then runs
+    /// once more, whole, in a fresh one; what the suite itself brings about happens again there.
     pub(crate) fn run(&mut self, binary: &Path, arguments: &[String]) -> Result<()> {
+        match self.attempt(binary, arguments) {
+            Err(error) if error.is::<Died>() => {
+                progress::note(&format!("{error:#}"));
+                progress::note("running the suite once more, in a new dev VM");
+                self.attempt(binary, arguments)
+            }
+            result => result,
+        }
+    }
+
+    fn attempt(&mut self, binary: &Path, arguments: &[String]) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), Contents::Containerd(Profile::Quick))?,

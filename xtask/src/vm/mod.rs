@@ -12,6 +12,7 @@ mod setup;
 mod wire;
 
 pub(crate) use machine::Options;
+pub(crate) use session::Died;
 
 use crate::build::{self, Profile};
 use crate::guest::kernel::Flavour;
