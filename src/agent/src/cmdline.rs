@@ -21,6 +21,8 @@ pub(crate) struct Parameters {
     pub(crate) boot_progress: bool,
     /// `agent.launch_process_timeout` (seconds): how long a new process may take to be set up.
     pub(crate) launch_timeout: Duration,
+    /// `agent.hotplug_timeout` (seconds): how long a plugged device may take to appear.
+    pub(crate) hotplug_timeout: Duration,
 }
 
 impl Default for Parameters {
@@ -31,6 +33,7 @@ impl Default for Parameters {
             ready_port: None,
             boot_progress: false,
             launch_timeout: Duration::from_secs(30),
+            hotplug_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -50,11 +53,8 @@ impl Parameters {
                 "server_addr" => value.clone_into(&mut parameters.server),
                 "ready_vport" => parameters.ready_port = value.parse().ok(),
                 "boot_progress" => parameters.boot_progress = !matches!(value, "0" | "false"),
-                "launch_process_timeout" => {
-                    if let Ok(seconds) = value.parse() {
-                        parameters.launch_timeout = Duration::from_secs(seconds);
-                    }
-                }
+                "launch_process_timeout" => set_seconds(&mut parameters.launch_timeout, value),
+                "hotplug_timeout" => set_seconds(&mut parameters.hotplug_timeout, value),
                 _ => {}
             }
         }
@@ -70,6 +70,12 @@ impl Parameters {
             self.log = log;
         }
         self
+    }
+}
+
+fn set_seconds(time: &mut Duration, value: &str) {
+    if let Ok(seconds) = value.parse() {
+        *time = Duration::from_secs(seconds);
     }
 }
 
@@ -93,7 +99,7 @@ mod tests {
     fn reads_its_words_among_the_kernels() {
         let parameters = Parameters::from_cmdline(
             "root=/dev/vda ro quiet agent.log=debug agent.ready_vport=1024 agent.boot_progress \
-             agent.server_addr=unix:///run/a.sock init=/sbin/init\n",
+             agent.hotplug_timeout=7 agent.server_addr=unix:///run/a.sock init=/sbin/init\n",
         );
         assert_eq!(
             parameters,
@@ -102,6 +108,7 @@ mod tests {
                 server: "unix:///run/a.sock".to_owned(),
                 ready_port: Some(1024),
                 boot_progress: true,
+                hotplug_timeout: Duration::from_secs(7),
                 ..Parameters::default()
             }
         );

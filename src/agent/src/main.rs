@@ -14,6 +14,8 @@ mod engine;
 mod error;
 mod init;
 mod mount;
+mod network;
+mod pci;
 mod reaper;
 mod rpc;
 mod sandbox;

@@ -35,6 +35,8 @@ const PENDING_EVENTS: usize = 64;
 pub(crate) struct Sandbox {
     pub(crate) launcher: Launcher,
     pub(crate) storages: Storages,
+    /// How long a plugged device may take to appear.
+    pub(crate) hotplug_timeout: Duration,
     containers: Mutex<HashMap<String, Slot>>,
     created: Mutex<Option<Held>>,
     shared: SharedNamespaces,
@@ -56,6 +58,7 @@ impl Sandbox {
         Self {
             launcher: Launcher::new(reaper, parameters.launch_timeout),
             storages: Storages::default(),
+            hotplug_timeout: parameters.hotplug_timeout,
             containers: Mutex::default(),
             created: Mutex::default(),
             shared: SharedNamespaces::default(),

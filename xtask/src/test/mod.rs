@@ -47,8 +47,14 @@ impl Place {
         let target: &[&str] = match self {
             Self::Agent => {
                 packages::ensure(
-                    "building the agent",
-                    &[any("gcc"), any("libc6-dev"), any("libseccomp-dev")],
+                    "the agent's tests",
+                    &[
+                        any("busybox-static"),
+                        any("gcc"),
+                        any("iproute2"),
+                        any("libc6-dev"),
+                        any("libseccomp-dev"),
+                    ],
                 )?;
                 &[
                     "--package",

@@ -31,6 +31,7 @@ use ttrpc::asynchronous::TtrpcContext;
 use super::guest;
 use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
+use crate::network;
 use crate::sandbox::Sandbox;
 
 /// The service of one sandbox.
@@ -248,17 +249,23 @@ impl AgentService for Agent {
     async fn update_interface(
         &self,
         _: &TtrpcContext,
-        _: UpdateInterfaceRequest,
+        request: UpdateInterfaceRequest,
     ) -> ttrpc::Result<Interface> {
-        unimplemented("network configuration")
+        let patience = self.sandbox.hotplug_timeout;
+        let interface = request.interface.get_or_default();
+        Ok(network::update_interface(interface, patience).await?)
     }
 
     async fn update_routes(
         &self,
         _: &TtrpcContext,
-        _: UpdateRoutesRequest,
+        request: UpdateRoutesRequest,
     ) -> ttrpc::Result<Routes> {
-        unimplemented("network configuration")
+        let routes = network::update_routes(&request.routes.get_or_default().Routes)?;
+        Ok(Routes {
+            Routes: routes,
+            ..Default::default()
+        })
     }
 
     async fn list_interfaces(
@@ -266,19 +273,26 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         _: ListInterfacesRequest,
     ) -> ttrpc::Result<Interfaces> {
-        unimplemented("network configuration")
+        Ok(Interfaces {
+            Interfaces: network::list_interfaces()?,
+            ..Default::default()
+        })
     }
 
     async fn list_routes(&self, _: &TtrpcContext, _: ListRoutesRequest) -> ttrpc::Result<Routes> {
-        unimplemented("network configuration")
+        Ok(Routes {
+            Routes: network::list_routes()?,
+            ..Default::default()
+        })
     }
 
     async fn add_arp_neighbors(
         &self,
         _: &TtrpcContext,
-        _: AddARPNeighborsRequest,
+        request: AddARPNeighborsRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("network configuration")
+        network::add_neighbours(&request.neighbors.get_or_default().ARPNeighbors)?;
+        Ok(Empty::new())
     }
 
     async fn get_ip_tables(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent as a whole, on a host: PID 1 of its own namespaces, driven through its protocol.
-//! Needs root, cgroup v2 and a static busybox.
+//! Needs root, cgroup v2, a static busybox and iproute2.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -17,5 +17,6 @@
 
 mod isolation;
 mod lifecycle;
+mod network;
 mod rig;
 mod streams;

@@ -316,6 +316,17 @@ impl Rig {
         Ok(stats.cgroup_stats.cpu_stats.cpu_usage.total_usage)
     }
 
+    /// Runs iproute2's `ip` in the agent's network namespace; the result is what it prints.
+    pub fn ip(&self, words: &str) -> Result<String> {
+        let output = Command::new("nsenter")
+            .arg(format!("--net=/proc/{}/ns/net", self.pid()?))
+            .arg("ip")
+            .args(words.split_whitespace())
+            .output()?;
+        ensure!(output.status.success(), "ip {words}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// The agent's pid as the host sees it.
     pub fn pid(&self) -> Result<u32> {
         let path = format!("/proc/{0}/task/{0}/children", self.process.process.id());
