@@ -77,6 +77,13 @@ impl Publisher {
         }
     }
 
+    /// For what happens without containerd's knowledge.
+    pub(crate) fn to_nobody() -> Self {
+        let (queue, _) = mpsc::unbounded_channel();
+        let namespace = String::new();
+        Self { namespace, queue }
+    }
+
     /// A queue that a test reads.
     #[cfg(test)]
     pub(crate) fn to_test() -> (Self, Published) {

@@ -7,6 +7,7 @@ use std::{fs, io, process};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::param::clock_ticks_per_second;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -93,8 +94,57 @@ impl ProcessId {
     }
 }
 
+/// What a process has used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Usage {
+    /// Microseconds of CPU time; a guest's count as user time.
+    pub(crate) user: u64,
+    pub(crate) system: u64,
+    /// Bytes that nobody else has, or its part of those that it shares.
+    pub(crate) memory: u64,
+}
+
+impl Usage {
+    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // proc_pid_stat(5): user and system time are the 14th and 15th, counted in ticks.
+        let mut fields = stat
+            .rsplit_once(')')
+            .map_or("", |(_, fields)| fields)
+            .split_ascii_whitespace()
+            .skip(11)
+            .map_while(|field| field.parse::<u64>().ok());
+        let microseconds = 1_000_000_u64
+            .checked_div(clock_ticks_per_second())
+            .unwrap_or(0);
+        let mut time = || {
+            let ticks = fields
+                .next()
+                .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no times")))?;
+            io::Result::Ok(ticks.saturating_mul(microseconds))
+        };
+        let (user, system) = (time()?, time()?);
+        let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss:"))
+            .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/smaps_rollup has no Pss")))?;
+        Ok(Self {
+            user,
+            system,
+            memory: memory.saturating_mul(1024),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_process_has_used_memory() {
+        let usage = Usage::of(process::id()).unwrap();
+        assert!(usage.memory > 100_000, "{usage:?}");
+    }
+
     use super::*;
 
     #[test]

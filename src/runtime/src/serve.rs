@@ -8,6 +8,7 @@ use std::time::Duration;
 use std::{env, fs, io};
 
 use futures_util::stream;
+use protocols::containerd::sandbox_ttrpc::create_sandbox;
 use protocols::containerd::shim_ttrpc::create_task;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::net::sockopt::socket_peercred;
@@ -23,7 +24,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::cli::Arguments;
 use crate::error::{Context, Result};
 use crate::events::Publisher;
-use crate::service::TaskService;
+use crate::service::{SandboxService, Shim, TaskService};
 use crate::{logging, raw};
 
 /// The names under which the service is asked for: by containerd 1.x, and from 2.0 on. The
@@ -82,10 +83,14 @@ async fn serve(arguments: &Arguments, listener: StdListener) -> Result<()> {
         .ok()
         .and_then(|it| it.as_pathname().map(ToOwned::to_owned));
     let events = Publisher::start(&arguments.namespace, env::var("TTRPC_ADDRESS").ok());
-    let service = TaskService::new(&arguments.namespace, events.clone());
-    let mut server = Server::new().add_listener(checked(listener));
+    let shim = Arc::new(Shim::new(&arguments.namespace, events.clone()));
+    let tasks = Arc::new(TaskService::new(Arc::clone(&shim)));
+    let sandboxes = Arc::new(SandboxService::new(Arc::clone(&shim)));
+    let mut server = Server::new()
+        .add_listener(checked(listener))
+        .register_service(create_sandbox(sandboxes));
     for name in TASK_SERVICES {
-        let methods = create_task(Arc::new(service.clone()));
+        let methods = create_task(tasks.clone());
         let renamed = methods
             .into_values()
             .map(|methods| (name.to_owned(), methods))
@@ -103,11 +108,11 @@ async fn serve(arguments: &Arguments, listener: StdListener) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).internal(context)?;
     let mut interrupt = signal(SignalKind::interrupt()).internal(context)?;
     tokio::select! {
-        () = service.finished() => {}
+        () = shim.finished() => {}
         _ = terminate.recv() => info!("told to terminate"),
         _ = interrupt.recv() => info!("interrupted"),
     }
-    service.stop().await;
+    shim.stop().await;
     events.flush(FAREWELL).await;
     if let Some(path) = path
         && let Err(error) = fs::remove_file(&path)

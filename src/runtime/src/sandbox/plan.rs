@@ -4,8 +4,10 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 
 use protocols::agent::agent::Storage;
+use protocols::containerd::cri::PodSandboxConfig;
 use rustix::fs::statfs;
 use tracing::warn;
 
@@ -60,6 +62,36 @@ impl Plan {
             hostname: spec.hostname.clone(),
             network: network(spec),
             pod: None,
+        })
+    }
+
+    /// For a pod, from what Kubernetes says of it: its configuration and its network namespace.
+    pub(crate) fn of_config(pod: &PodSandboxConfig, netns: &str, config: &Config) -> Result<Self> {
+        let linux = pod.linux.get_or_default();
+        let resources = linux.resources.get_or_default();
+        let dns = pod.dns_config.get_or_default();
+        let line = |name: &str, words: &[String]| format!("{name} {}", words.join(" "));
+        let mut lines: Vec<_> = dns
+            .servers
+            .iter()
+            .map(|server| line("nameserver", from_ref(server)))
+            .collect();
+        for (name, words) in [("search", &dns.searches), ("options", &dns.options)] {
+            if !words.is_empty() {
+                lines.push(line(name, words));
+            }
+        }
+        Ok(Self {
+            size: Size::of_resources(resources, config)?,
+            hostname: pod.hostname.clone(),
+            network: Some(netns)
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
+            pod: Some(PodPlan {
+                dns: lines,
+                shm_size: SHM_SIZE,
+                sysctls: linux.sysctls.clone(),
+            }),
         })
     }
 
@@ -151,6 +183,8 @@ fn lines(path: &Path) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use protocols::containerd::cri::{DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig};
+
     use super::*;
     use crate::spec;
 
@@ -179,5 +213,42 @@ mod tests {
         assert_eq!(pod.dns, ["nameserver 10.0.0.10", "search a.b"]);
         assert_eq!(pod.sysctls.len(), 1);
         assert!(pod.shm_size > 0);
+    }
+
+    #[test]
+    fn a_pod_s_plan_comes_from_its_configuration() {
+        let words = |text: &str| text.split(' ').map(ToOwned::to_owned).collect();
+        let pod = PodSandboxConfig {
+            hostname: "web-0".to_owned(),
+            dns_config: Some(DNSConfig {
+                servers: words("10.0.0.10 fd00::10"),
+                searches: words("a.b c.d"),
+                ..Default::default()
+            })
+            .into(),
+            linux: Some(LinuxPodSandboxConfig {
+                resources: Some(LinuxContainerResources {
+                    cpu_period: 100_000,
+                    cpu_quota: 250_000,
+                    memory_limit_in_bytes: 1 << 30,
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let config = Config::load(None).unwrap();
+        let plan = Plan::of_config(&pod, "/run/netns/n", &config).unwrap();
+        assert_eq!((plan.size.vcpus, plan.size.memory_mib), (3, 1088));
+        assert_eq!(plan.hostname, "web-0");
+        assert_eq!(plan.network, Some("/run/netns/n".into()));
+        let dns = [
+            "nameserver 10.0.0.10",
+            "nameserver fd00::10",
+            "search a.b c.d",
+        ];
+        assert_eq!(plan.pod.unwrap().dns, dns);
     }
 }

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use protocols::containerd::cri::LinuxContainerResources;
+
 use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::spec::Spec;
@@ -56,6 +58,19 @@ impl Size {
             memory: number(annotations, MEMORY)?,
             quota: number(annotations, CPU_QUOTA)?,
             period: number(annotations, CPU_PERIOD)?,
+        };
+        limits.size(config)
+    }
+
+    /// For a pod, as Kubernetes itself says it.
+    pub(crate) fn of_resources(
+        resources: &LinuxContainerResources,
+        config: &Config,
+    ) -> Result<Self> {
+        let limits = Limits {
+            memory: Some(resources.memory_limit_in_bytes),
+            quota: Some(resources.cpu_quota),
+            period: u64::try_from(resources.cpu_period).ok(),
         };
         limits.size(config)
     }

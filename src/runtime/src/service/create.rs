@@ -21,7 +21,7 @@ use protocols::containerd::task_events::{TaskCreate, TaskIO};
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 
-use super::task::Shim;
+use super::shim::Shim;
 use crate::bundle::{Bundle, Membership};
 use crate::cli::check_id;
 use crate::config::Config;
@@ -185,7 +185,7 @@ impl Rootfs {
 }
 
 /// Makes the sandbox while its first container's files are mounted.
-async fn boot(
+pub(super) async fn boot(
     shim: &Arc<Shim>,
     id: &str,
     config: Config,

@@ -2,19 +2,58 @@
 //! The agent's statistics as containerd's cgroup v2 metrics.
 
 use std::collections::HashMap;
+use std::process;
 
-use protocols::agent::agent::{BlkioStatsEntry, CgroupStats};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+
+use protocols::agent::agent::{BlkioStatsEntry, CgroupStats, StatsContainerResponse};
 use protocols::containerd::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 
+use crate::error::{Context, Result};
+use crate::process::Usage;
+use crate::sandbox::Sandbox;
+
 /// Name of `Metrics` on the wire.
-pub(super) const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
+const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Nanoseconds in the agent's protocol, microseconds in cgroup v2.
 const NANOSECONDS: u64 = 1000;
 
-pub(super) fn metrics(stats: &CgroupStats) -> Metrics {
+/// Metrics as containerd passes them on.
+pub(super) fn encode(metrics: &Metrics) -> Result<Any> {
+    Ok(Any {
+        type_url: METRICS.to_owned(),
+        value: metrics
+            .write_to_bytes()
+            .internal(|| "encode the metrics".to_owned())?,
+        ..Default::default()
+    })
+}
+
+/// What a sandbox costs its host: the guest with all that runs in it, the monitor around it, and
+/// this shim.
+pub(super) fn of_machine(sandbox: &Sandbox) -> Result<Metrics> {
+    let (mut cpu, mut memory) = (CPUStat::default(), MemoryStat::default());
+    for pid in [sandbox.pid(), process::id()] {
+        let usage = Usage::of(pid).internal(|| format!("figures of process {pid}"))?;
+        cpu.user_usec = cpu.user_usec.saturating_add(usage.user);
+        cpu.system_usec = cpu.system_usec.saturating_add(usage.system);
+        memory.usage = memory.usage.saturating_add(usage.memory);
+    }
+    cpu.usage_usec = cpu.user_usec.saturating_add(cpu.system_usec);
+    memory.anon = memory.usage;
+    Ok(Metrics {
+        cpu: Some(cpu).into(),
+        memory: Some(memory).into(),
+        ..Default::default()
+    })
+}
+
+pub(super) fn metrics(response: &StatsContainerResponse) -> Metrics {
+    let stats = response.cgroup_stats.get_or_default();
     Metrics {
         pids: Some(PidsStat {
             current: stats.pids_stats.current,
@@ -198,7 +237,10 @@ mod tests {
             .into(),
             ..Default::default()
         };
-        let metrics = metrics(&stats);
+        let metrics = metrics(&StatsContainerResponse {
+            cgroup_stats: Some(stats).into(),
+            ..Default::default()
+        });
         assert_eq!(
             (metrics.cpu.usage_usec, metrics.cpu.user_usec),
             (5000, 3000)

@@ -2,13 +2,11 @@
 //! The Task service: every method answers, and with containerd's own status codes.
 
 use std::process;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use protobuf::well_known_types::any::Any;
+use protobuf::MessageField;
 use protobuf::well_known_types::empty::Empty;
-use protobuf::{Message, MessageField};
 use protocols::containerd::shim::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
     CreateTaskResponse, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest,
@@ -18,63 +16,17 @@ use protocols::containerd::shim::{
 };
 use protocols::containerd::shim_ttrpc::Task;
 use protocols::containerd::task::{ProcessInfo, Status as TaskStatus};
-use tokio::sync::{Notify, oneshot};
-use tokio::time::sleep;
-use tracing::{debug, warn};
+use tokio::sync::oneshot;
+use tracing::warn;
 use ttrpc::r#async::TtrpcContext;
 
+use super::shim::Shim;
 use super::{create, stats};
 use crate::cli::check_id;
 use crate::container::io::Stdio;
-use crate::container::{Command, Handle, Registry, Status};
+use crate::container::{Command, Handle, Status};
 use crate::error::{Context, Kind, Result, ShimError};
-use crate::events::Publisher;
-use crate::sandbox::Sandbox;
 use crate::spec;
-
-/// How long an idle shim waits for containerd's last word.
-const LINGER: Duration = Duration::from_secs(5);
-
-/// What a shim holds.
-#[derive(Debug)]
-pub(super) struct Shim {
-    pub(super) namespace: String,
-    pub(super) registry: Arc<Registry>,
-    pub(super) events: Publisher,
-    sandbox: Mutex<Option<Arc<Sandbox>>>,
-    shutdown: Notify,
-}
-
-impl Shim {
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<Sandbox>>> {
-        self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The sandbox of this name.
-    pub(super) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
-        match &*self.lock() {
-            Some(sandbox) if sandbox.id() == id && !sandbox.has_ended() => Ok(Arc::clone(sandbox)),
-            Some(sandbox) if sandbox.id() == id => Err(ShimError::new(
-                Kind::FailedPrecondition,
-                format!("sandbox {id} has ended"),
-            )),
-            _ => Err(ShimError::new(
-                Kind::NotFound,
-                format!("sandbox {id} does not exist"),
-            )),
-        }
-    }
-
-    /// Takes a sandbox as this shim's.
-    pub(super) fn adopt(&self, sandbox: &Arc<Sandbox>) {
-        *self.lock() = Some(Arc::clone(sandbox));
-    }
-
-    /// Forgets a sandbox whose first container failed.
-    pub(super) fn abandon(&self) {
-        *self.lock() = None;
-    }
-}
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -83,50 +35,8 @@ pub(crate) struct TaskService {
 }
 
 impl TaskService {
-    pub(crate) fn new(namespace: &str, events: Publisher) -> Self {
-        Self {
-            shim: Arc::new(Shim {
-                namespace: namespace.to_owned(),
-                registry: Arc::default(),
-                events,
-                sandbox: Mutex::default(),
-                shutdown: Notify::new(),
-            }),
-        }
-    }
-
-    /// Waits until the shim's work is done.
-    pub(crate) async fn finished(&self) {
-        self.shim.shutdown.notified().await;
-    }
-
-    /// Ends the sandbox, whatever runs in it.
-    pub(crate) async fn stop(&self) {
-        let sandbox = self.shim.lock().clone();
-        if let Some(sandbox) = sandbox
-            && let Err(error) = sandbox.stop().await
-        {
-            warn!(
-                sandbox = sandbox.id(),
-                error = error.chain(),
-                "not all removed"
-            );
-        }
-    }
-
-    /// containerd asks for the shutdown with a pod's sandbox container, and not again when others
-    /// are deleted after it.
-    fn shutdown_when_empty(&self) {
-        let service = self.clone();
-        tokio::spawn(async move {
-            service.shim.registry.emptied().await;
-            // It may ask after all, or make another container.
-            sleep(LINGER).await;
-            if service.shim.registry.is_empty() {
-                service.stop().await;
-                service.shim.shutdown.notify_one();
-            }
-        });
+    pub(crate) fn new(shim: Arc<Shim>) -> Self {
+        Self { shim }
     }
 
     fn container(&self, id: &str) -> Result<Handle> {
@@ -337,15 +247,8 @@ impl Task for TaskService {
         let statistics = self
             .ask(&request.id, |reply| Command::Stats { reply })
             .await?;
-        let value = stats::metrics(&statistics.cgroup_stats)
-            .write_to_bytes()
-            .internal(|| "encode the metrics".to_owned())?;
         Ok(StatsResponse {
-            stats: MessageField::some(Any {
-                type_url: stats::METRICS.to_owned(),
-                value,
-                ..Default::default()
-            }),
+            stats: MessageField::some(stats::encode(&stats::metrics(&statistics))?),
             ..Default::default()
         })
     }
@@ -373,15 +276,11 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd asks after each task it deletes; the shim stays while it has others.
-        if !self.shim.registry.is_empty() && !request.now {
-            debug!("no shutdown while there are containers");
-            self.shutdown_when_empty();
-            return Ok(Empty::new());
+        if request.now {
+            self.shim.shut_down().await;
+        } else {
+            self.shim.shut_down_if_idle().await;
         }
-        // Answered when nothing is left: what comes next may use the same name.
-        self.stop().await;
-        self.shim.shutdown.notify_one();
         Ok(Empty::new())
     }
 }

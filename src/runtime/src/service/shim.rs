@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a shim holds: one sandbox, its containers, and the way to its end.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::Notify;
+use tokio::time::sleep;
+use tracing::{debug, warn};
+
+use crate::container::{Handle, Registry};
+use crate::error::{Kind, Result, ShimError};
+use crate::events::Publisher;
+use crate::sandbox::Sandbox;
+
+/// How long an idle shim waits for containerd's last word.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// What a shim holds.
+#[derive(Debug)]
+pub(crate) struct Shim {
+    pub(super) namespace: String,
+    pub(super) registry: Arc<Registry>,
+    pub(super) events: Publisher,
+    sandbox: Mutex<Option<Arc<Sandbox>>>,
+    standing: Mutex<Option<Standing>>,
+    shutdown: Notify,
+}
+
+/// A sandbox that was made by the sandbox API and stands by itself, without a container.
+#[derive(Debug, Clone)]
+pub(super) struct Standing {
+    pub(super) handle: Handle,
+    pub(super) created: SystemTime,
+}
+
+impl Shim {
+    pub(crate) fn new(namespace: &str, events: Publisher) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            registry: Arc::default(),
+            events,
+            sandbox: Mutex::default(),
+            standing: Mutex::default(),
+            shutdown: Notify::new(),
+        }
+    }
+
+    /// The sandbox of this name, which lives.
+    pub(super) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        let sandbox = self.any_sandbox(id)?;
+        if sandbox.has_ended() || sandbox.was_stopped() {
+            return Err(ShimError::new(
+                Kind::FailedPrecondition,
+                format!("sandbox {id} has ended"),
+            ));
+        }
+        Ok(sandbox)
+    }
+
+    /// The sandbox of this name, whether it lives or has ended.
+    pub(super) fn any_sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
+        match &*lock(&self.sandbox) {
+            Some(sandbox) if sandbox.id() == id => Ok(Arc::clone(sandbox)),
+            _ => Err(no_sandbox(id)),
+        }
+    }
+
+    /// Takes a sandbox as this shim's.
+    pub(super) fn adopt(&self, sandbox: &Arc<Sandbox>) {
+        *lock(&self.sandbox) = Some(Arc::clone(sandbox));
+    }
+
+    /// Forgets a sandbox whose first container failed.
+    pub(super) fn abandon(&self) {
+        *lock(&self.sandbox) = None;
+    }
+
+    /// The sandbox that stands by itself.
+    pub(super) fn standing(&self, id: &str) -> Result<Standing> {
+        self.any_sandbox(id)?;
+        let standing = lock(&self.standing).clone();
+        standing.ok_or_else(|| no_sandbox(id))
+    }
+
+    /// From here on the sandbox ends when it is told to, not with a container.
+    pub(super) fn let_stand(&self, handle: Handle) {
+        let created = SystemTime::now();
+        *lock(&self.standing) = Some(Standing { handle, created });
+    }
+
+    /// Waits until the shim's work is done.
+    pub(crate) async fn finished(&self) {
+        self.shutdown.notified().await;
+    }
+
+    /// Ends the sandbox, whatever runs in it.
+    pub(crate) async fn stop(&self) {
+        let sandbox = lock(&self.sandbox).clone();
+        if let Some(sandbox) = sandbox
+            && let Err(error) = sandbox.stop().await
+        {
+            warn!(
+                sandbox = sandbox.id(),
+                error = error.chain(),
+                "not all removed"
+            );
+        }
+    }
+
+    /// Ends the sandbox and the shim.
+    pub(super) async fn shut_down(&self) {
+        // Answered when nothing is left: what comes next may use the same name.
+        self.stop().await;
+        self.shutdown.notify_one();
+    }
+
+    /// containerd is done with a task. The shim stays while it has others.
+    pub(super) async fn shut_down_if_idle(self: &Arc<Self>) {
+        if self.is_idle() {
+            return self.shut_down().await;
+        }
+        debug!("no shutdown while there are containers");
+        // containerd asks with a pod's sandbox container, and not again when others are deleted
+        // after it.
+        let shim = Arc::clone(self);
+        tokio::spawn(async move {
+            shim.registry.emptied().await;
+            // It may ask after all, or make another container.
+            sleep(LINGER).await;
+            if shim.is_idle() {
+                shim.shut_down().await;
+            }
+        });
+    }
+
+    fn is_idle(&self) -> bool {
+        self.registry.is_empty() && lock(&self.standing).is_none()
+    }
+}
+
+fn no_sandbox(id: &str) -> ShimError {
+    ShimError::new(Kind::NotFound, format!("sandbox {id} does not exist"))
+}
+
+/// A panic elsewhere leaves plain data behind, which stays usable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
