@@ -21,6 +21,8 @@ use crate::reaper::Reaper;
 use crate::storage::{Held, Storages};
 use namespaces::SharedNamespaces;
 
+pub(crate) use namespaces::Pids;
+
 /// Files that containers of the pod share.
 const SANDBOX_FOLDER: &str = "/run/kata-containers/sandbox";
 /// Name servers of the pod, which the runtime binds over the containers' own file.
@@ -110,6 +112,7 @@ impl Sandbox {
                 warn!(container = id, error = error.line(), "container stays");
             }
         }
+        self.end_pid_namespace().await;
         let held = lock(&self.created).take();
         if let Some(held) = held {
             self.storages.remove(held).await;

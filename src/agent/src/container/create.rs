@@ -16,7 +16,7 @@ use crate::cgroup::{Cgroup, OutOfMemory};
 use crate::engine::{self, ContainerPlan, Joins, Launched, Namespace};
 use crate::error::{AgentError, Context as _, Result};
 use crate::reaper::ended;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Pids, Sandbox};
 
 /// Creates the container of `request`.
 ///
@@ -32,11 +32,16 @@ pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerReque
         .ok_or_else(|| AgentError::invalid("OCI: missing"))?;
     let (mut plan, joins) = engine::container(spec)?;
     let reservation = sandbox.reserve(&request.container_id)?;
-    let shared = sandbox.share_namespaces(&mut plan, request.sandbox_pidns)?;
+    let pids = match (request.sandbox_pidns, is_pause(spec)) {
+        (false, _) => Pids::Own,
+        (true, true) => Pids::First,
+        (true, false) => Pids::Shared,
+    };
+    let shared = sandbox.share_namespaces(&mut plan, pids).await?;
     plan.check_hostname()?;
 
     let held = sandbox.storages.add(request.storages.clone()).await?;
-    let built = build(sandbox, &request, spec, plan, joins, shared).await;
+    let built = build(sandbox, &request, plan, pids, joins, shared).await;
     match built {
         Ok(mut container) => {
             container.held = Mutex::new(Some(held));
@@ -54,12 +59,12 @@ pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerReque
 async fn build(
     sandbox: &Arc<Sandbox>,
     request: &CreateContainerRequest,
-    spec: &oci::Spec,
     plan: ContainerPlan,
+    pids: Pids,
     joins: Joins,
     shared: Vec<OwnedFd>,
 ) -> Result<Container> {
-    let linux = spec.Linux.get_or_default();
+    let linux = request.OCI.Linux.get_or_default();
     let mut namespaces = open_all(&joins)?;
     namespaces.extend(shared);
     let process_plan = plan.process.clone();
@@ -69,11 +74,12 @@ async fn build(
         .launcher
         .create(plan, cgroup.as_fd(), &namespaces)
         .await;
-    let made = launched.and_then(|launched: Launched| {
-        sandbox.keep_pid_namespace(launched.pid, own_pids && request.sandbox_pidns)?;
+    let made = async {
+        let launched: Launched = launched?;
+        sandbox.keep_pid_namespace(launched.pid, pids).await?;
         Process::new(launched)
-    });
-    let (process, gate) = match made {
+    };
+    let (process, gate) = match made.await {
         Ok(made) => made,
         Err(error) => {
             let error = if cgroup.ran_out_of_memory() {
@@ -113,6 +119,15 @@ async fn build(
         change: tokio::sync::Mutex::default(),
         watches,
     })
+}
+
+/// Whether the container is the one that stands for its pod, in the words of containerd's CRI, of
+/// CRI-O's and of Kata's runtime.
+fn is_pause(spec: &oci::Spec) -> bool {
+    let says = |key: &str, value: &str| spec.Annotations.get(key).is_some_and(|is| is == value);
+    says("io.kubernetes.cri.container-type", "sandbox")
+        || says("io.kubernetes.cri-o.ContainerType", "sandbox")
+        || says("io.katacontainers.pkg.oci.container_type", "pod_sandbox")
 }
 
 fn check(request: &CreateContainerRequest) -> Result<()> {

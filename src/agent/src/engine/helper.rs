@@ -12,6 +12,7 @@ use rustix::thread::{
 
 use super::channel::Channel;
 use super::plan::{Job, Namespace, Report};
+use super::pod_init;
 use super::process::{self, Inherited};
 use super::seccomp::Profile;
 use crate::error::{AgentError, Context as _, Failure, Result};
@@ -47,15 +48,13 @@ fn work(channel: &Channel) -> Result<()> {
     // From here on no process of a container may trace this one or look into it (CVE-2016-9962).
     set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "protect the helper")?;
     let (job, descriptors) = channel.receive::<Job>().context(|| "receive the job")?;
-    let process = job.process();
     let descriptors = Descriptors::split(descriptors, &job)?;
-    let filter = process.seccomp.as_ref().map(Profile::compile).transpose()?;
-    if process.oom_score_adjust != 0 {
-        fs::write(
-            "/proc/self/oom_score_adj",
-            process.oom_score_adjust.to_string(),
-        )
-        .context(|| format!("set oom_score_adj {}", process.oom_score_adjust))?;
+    let mut filter = None;
+    if let Some(process) = job.process() {
+        filter = process.seccomp.as_ref().map(Profile::compile).transpose()?;
+        adjust_oom_score(process.oom_score_adjust)?;
+    } else {
+        adjust_oom_score(pod_init::OOM_SCORE)?;
     }
     let namespaces = join(&job, &descriptors)?;
     let side = clone_sibling(&proof, namespaces, descriptors.cgroup.as_fd())
@@ -74,11 +73,20 @@ fn work(channel: &Channel) -> Result<()> {
             let error = match &job {
                 Job::Create(plan) => process::container(plan, &inherited),
                 Job::Exec(plan) => process::exec(plan, &inherited),
+                Job::PidNamespace => pod_init::run(channel),
             };
             let _ = channel.send_plain(&Report::Failed(Failure::from(&error)));
             exit_now(1)
         }
     }
+}
+
+fn adjust_oom_score(score: i16) -> Result<()> {
+    if score == 0 {
+        return Ok(());
+    }
+    fs::write("/proc/self/oom_score_adj", score.to_string())
+        .context(|| format!("set oom_score_adj {score}"))
 }
 
 /// Joins what exists already; the result is what the clone shall make new.
@@ -103,6 +111,7 @@ fn join(job: &Job, descriptors: &Descriptors) -> Result<u64> {
             }
             Ok(0)
         }
+        Job::PidNamespace => Ok(Namespace::Pid.flag() | Namespace::Mount.flag()),
     }
 }
 
@@ -124,13 +133,10 @@ impl Descriptors {
         let mut all = all.into_iter();
         let cgroup = all.next().ok_or_else(missing)?;
         let init = match job {
-            Job::Create(_) => None,
+            Job::Create(_) | Job::PidNamespace => None,
             Job::Exec(_) => Some(all.next().ok_or_else(missing)?),
         };
-        let streams = match job.process().terminal {
-            Some(_) => 0,
-            None => 3,
-        };
+        let streams = if job.has_pipes() { 3 } else { 0 };
         Ok(Self {
             cgroup,
             init,

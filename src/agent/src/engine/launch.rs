@@ -107,23 +107,65 @@ impl Launcher {
         self.launch(Job::Exec(Box::new(plan)), along).await
     }
 
+    /// Makes a pid namespace whose first process, in `cgroup`, reaps what is left to it. The result
+    /// is that process's number.
+    ///
+    /// # Errors
+    ///
+    /// The first step that failed.
+    pub(crate) async fn pid_namespace(&self, cgroup: BorrowedFd<'_>) -> Result<i32> {
+        let along = Along {
+            cgroup,
+            init: None,
+            namespaces: &[],
+        };
+        let (_, process) = self.converse(&Job::PidNamespace, None, along).await?;
+        Ok(process.pid)
+    }
+
     async fn launch(&self, job: Job, along: Along<'_>) -> Result<Launched> {
+        let (pipes, theirs) = if job.has_pipes() {
+            let (ours, theirs) = pipes()?;
+            (Some(ours), Some(theirs))
+        } else {
+            (None, None)
+        };
+        let (stream, process) = self.converse(&job, theirs, along).await?;
+        let streams = match (pipes, process.master) {
+            (Some(pipes), _) => pipes,
+            (None, Some(master)) => {
+                fcntl_setfl(&master, OFlags::NONBLOCK | OFlags::RDWR)
+                    .context(|| "terminal without waiting")?;
+                Streams::Terminal(master)
+            }
+            (None, None) => return Err(AgentError::internal("the process sent no terminal")),
+        };
+        Ok(Launched {
+            pid: process.pid,
+            pidfd: process.pidfd,
+            exit: process.exit,
+            streams,
+            gate: Gate {
+                stream,
+                patience: self.patience,
+            },
+        })
+    }
+
+    /// Has a helper do the job, until the process is ready. `pipes` are closed here then.
+    async fn converse(
+        &self,
+        job: &Job,
+        pipes: Option<[OwnedFd; 3]>,
+        along: Along<'_>,
+    ) -> Result<(UnixStream, Spawned)> {
         let (ours, theirs) = UnixStream::pair().context(|| "socket to the helper")?;
         // Statuses are kept from before the first process exists.
         let launch = self.reaper.launch();
         let helper = Helper::spawn(theirs)?;
-        match timeout(self.patience, converse(&ours, &job, along, &launch)).await {
-            Ok(Ok((pid, pidfd, exit, streams))) => Ok(Launched {
-                pid,
-                pidfd,
-                exit,
-                streams,
-                gate: Gate {
-                    stream: ours,
-                    patience: self.patience,
-                },
-            }),
-            Ok(Err(error)) => Err(error),
+        let conversation = converse(&ours, job, pipes, along, &launch);
+        match timeout(self.patience, conversation).await {
+            Ok(spawned) => Ok((ours, spawned?)),
             Err(_) => {
                 helper.kill();
                 Err(AgentError::internal(format!(
@@ -135,22 +177,27 @@ impl Launcher {
     }
 }
 
+/// A process that is ready.
+#[derive(Debug)]
+struct Spawned {
+    pid: i32,
+    pidfd: OwnedFd,
+    exit: Exit,
+    /// Of its terminal.
+    master: Option<OwnedFd>,
+}
+
 /// Sends the job and follows the reports until the process is ready.
 async fn converse(
     stream: &UnixStream,
     job: &Job,
+    pipes: Option<[OwnedFd; 3]>,
     along: Along<'_>,
     launch: &Launch,
-) -> Result<(i32, OwnedFd, Exit, Streams)> {
-    let pipes = match job.process().terminal {
-        Some(_) => None,
-        None => Some(Pipes::new()?),
-    };
+) -> Result<Spawned> {
     let mut descriptors = vec![along.cgroup];
     descriptors.extend(along.init);
-    if let Some(pipes) = &pipes {
-        descriptors.extend(pipes.theirs.iter().map(AsFd::as_fd));
-    }
+    descriptors.extend(pipes.iter().flatten().map(AsFd::as_fd));
     descriptors.extend(along.namespaces.iter().map(AsFd::as_fd));
     channel::send(stream, job, &descriptors)
         .await
@@ -180,16 +227,12 @@ async fn converse(
     let (Some((pid, pidfd, exit)), Some(master)) = (process, ready) else {
         return Err(AgentError::internal("the helper did not report"));
     };
-    let streams = match (pipes, master) {
-        (Some(pipes), _) => pipes.ours(),
-        (None, Some(master)) => {
-            fcntl_setfl(&master, OFlags::NONBLOCK | OFlags::RDWR)
-                .context(|| "terminal without waiting")?;
-            Streams::Terminal(master)
-        }
-        (None, None) => return Err(AgentError::internal("the process sent no terminal")),
-    };
-    Ok((pid, pidfd, exit, streams))
+    Ok(Spawned {
+        pid,
+        pidfd,
+        exit,
+        master,
+    })
 }
 
 async fn next(stream: &UnixStream) -> Result<(Report, Vec<OwnedFd>)> {
@@ -266,33 +309,19 @@ impl Helper {
     }
 }
 
-/// Three pipes. The ends of the process are closed here once they are sent.
-#[derive(Debug)]
-struct Pipes {
-    ours: Streams,
-    theirs: [OwnedFd; 3],
-}
-
-impl Pipes {
-    fn new() -> Result<Self> {
-        let pipe = || pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe");
-        let (stdin_read, stdin) = pipe()?;
-        let (stdout, stdout_write) = pipe()?;
-        let (stderr, stderr_write) = pipe()?;
-        for ours in [&stdin, &stdout, &stderr] {
-            fcntl_setfl(ours, OFlags::NONBLOCK).context(|| "pipe without waiting")?;
-        }
-        Ok(Self {
-            ours: Streams::Pipes {
-                stdin,
-                stdout,
-                stderr,
-            },
-            theirs: [stdin_read, stdout_write, stderr_write],
-        })
+/// Three pipes: the agent's ends, and those of the process.
+fn pipes() -> Result<(Streams, [OwnedFd; 3])> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe");
+    let (stdin_read, stdin) = pipe()?;
+    let (stdout, stdout_write) = pipe()?;
+    let (stderr, stderr_write) = pipe()?;
+    for ours in [&stdin, &stdout, &stderr] {
+        fcntl_setfl(ours, OFlags::NONBLOCK).context(|| "pipe without waiting")?;
     }
-
-    fn ours(self) -> Streams {
-        self.ours
-    }
+    let ours = Streams::Pipes {
+        stdin,
+        stdout,
+        stderr,
+    };
+    Ok((ours, [stdin_read, stdout_write, stderr_write]))
 }

@@ -21,6 +21,7 @@ mod helper;
 mod launch;
 mod masks;
 mod plan;
+mod pod_init;
 mod process;
 mod rlimits;
 mod rootfs;

@@ -18,15 +18,24 @@ pub(crate) enum Job {
     Create(Box<ContainerPlan>),
     /// Start one more process in a container, which executes at once.
     Exec(Box<ProcessPlan>),
+    /// Make a pid namespace whose first process reaps what is left to it.
+    PidNamespace,
 }
 
 impl Job {
-    /// The process that comes to be.
-    pub(crate) fn process(&self) -> &ProcessPlan {
+    /// The process of a container that comes to be.
+    pub(crate) fn process(&self) -> Option<&ProcessPlan> {
         match self {
-            Self::Create(plan) => &plan.process,
-            Self::Exec(plan) => plan,
+            Self::Create(plan) => Some(&plan.process),
+            Self::Exec(plan) => Some(plan),
+            Self::PidNamespace => None,
         }
+    }
+
+    /// Whether that process gets three pipes.
+    pub(crate) fn has_pipes(&self) -> bool {
+        self.process()
+            .is_some_and(|process| process.terminal.is_none())
     }
 }
 
@@ -72,7 +81,7 @@ impl Namespace {
 }
 
 /// The container's file system.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct RootfsPlan {
     /// Where it is in the guest.
     pub(crate) path: PathBuf,
@@ -98,7 +107,7 @@ pub(crate) struct MountPlan {
 }
 
 /// A process in a container.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct ProcessPlan {
     /// Not empty.
     pub(crate) arguments: Vec<String>,

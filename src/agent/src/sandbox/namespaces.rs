@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Namespaces that the containers of a pod share: IPC and UTS always, pids when the pod asks.
 //! They are made when the first container wants them, and live as long as their descriptors.
+//!
+//! The first process of the shared pid namespace is the pod's pause container, when the runtime
+//! makes one in the guest; else it is a process of the agent's. It is never an ordinary container:
+//! all others would end with it.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use protocols::agent::oci::Linux;
 use rustix::io::fcntl_dupfd_cloexec;
+use tracing::warn;
 
 use super::{Sandbox, lock};
+use crate::cgroup::Cgroup;
 use crate::engine::{ContainerPlan, Namespace};
 use crate::error::{AgentError, Context as _, Result};
 use crate::sys::process::new_ipc_and_uts_namespaces;
@@ -20,8 +27,30 @@ pub(super) struct SharedNamespaces {
     /// Without CreateSandbox each container stands alone.
     enabled: AtomicBool,
     ipc_and_uts: Mutex<Option<(OwnedFd, OwnedFd)>>,
-    pids: Mutex<Option<OwnedFd>>,
+    /// Held while it is being made.
+    pids: tokio::sync::Mutex<Option<PidNamespace>>,
 }
+
+#[derive(Debug)]
+struct PidNamespace {
+    namespace: OwnedFd,
+    /// Of the first process, when it is the agent's.
+    cgroup: Option<Cgroup>,
+}
+
+/// What a container does with the pids of its pod.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Pids {
+    /// It has its own.
+    Own,
+    /// It is the pause container, whose pids the others share.
+    First,
+    /// It shares them.
+    Shared,
+}
+
+/// The cgroup of the agent's own first process.
+const INIT_CGROUP: &str = "pod-init";
 
 impl SharedNamespaces {
     pub(super) fn enable(&self) {
@@ -36,10 +65,10 @@ impl Sandbox {
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn share_namespaces(
+    pub(crate) async fn share_namespaces(
         &self,
         plan: &mut ContainerPlan,
-        pids: bool,
+        pids: Pids,
     ) -> Result<Vec<OwnedFd>> {
         let mut descriptors = Vec::new();
         if !self.shared.enabled.load(Ordering::Relaxed) {
@@ -50,28 +79,75 @@ impl Sandbox {
                 descriptors.push(self.shared.ipc_or_uts(kind)?);
             }
         }
-        if pids
-            && let Some(namespace) = lock(&self.shared.pids).as_ref()
-            && plan.join(Namespace::Pid)
-        {
-            descriptors.push(copy(namespace)?);
+        if pids == Pids::Shared && plan.join(Namespace::Pid) {
+            descriptors.push(self.shared_pids().await?);
         }
         Ok(descriptors)
     }
 
-    /// Keeps the pid namespace of the pod's first container for the others.
+    /// Keeps the pid namespace of the pause container for the others.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn keep_pid_namespace(&self, pid: i32, shared: bool) -> Result<()> {
-        if shared {
-            let path = format!("/proc/{pid}/ns/pid");
-            let namespace = File::open(&path).context(|| format!("open {path:?}"))?;
-            *lock(&self.shared.pids) = Some(namespace.into());
+    pub(crate) async fn keep_pid_namespace(&self, pid: i32, pids: Pids) -> Result<()> {
+        if pids == Pids::First {
+            let kept = PidNamespace {
+                namespace: of_process(pid)?,
+                cgroup: None,
+            };
+            *self.shared.pids.lock().await = Some(kept);
         }
         Ok(())
     }
+
+    async fn shared_pids(&self) -> Result<OwnedFd> {
+        let mut pids = self.shared.pids.lock().await;
+        let made = match &mut *pids {
+            Some(made) => made,
+            none => none.insert(self.make_pid_namespace().await?),
+        };
+        copy(&made.namespace)
+    }
+
+    async fn make_pid_namespace(&self) -> Result<PidNamespace> {
+        let named = |error: AgentError| {
+            let line = format!("pid namespace of the pod: {}", error.line());
+            AgentError::new(error.kind(), line)
+        };
+        let cgroup = Cgroup::create(&Linux::default(), INIT_CGROUP).map_err(named)?;
+        let made = self.launcher.pid_namespace(cgroup.as_fd()).await;
+        match made.and_then(of_process) {
+            Ok(namespace) => Ok(PidNamespace {
+                namespace,
+                cgroup: Some(cgroup),
+            }),
+            Err(error) => {
+                remove(&cgroup).await;
+                Err(named(error))
+            }
+        }
+    }
+
+    /// Ends the agent's own first process.
+    pub(super) async fn end_pid_namespace(&self) {
+        let made = self.shared.pids.lock().await.take();
+        if let Some(cgroup) = made.and_then(|made| made.cgroup) {
+            remove(&cgroup).await;
+        }
+    }
+}
+
+async fn remove(cgroup: &Cgroup) {
+    if let Err(error) = cgroup.remove().await {
+        warn!(error = error.line(), "cgroup stays");
+    }
+}
+
+fn of_process(pid: i32) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/ns/pid");
+    let namespace = File::open(&path).context(|| format!("open {path:?}"))?;
+    Ok(namespace.into())
 }
 
 impl SharedNamespaces {

@@ -73,6 +73,18 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes every descriptor from `first` on.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: the caller uses none of them from here on; closing touches no memory.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    super::check(result)?;
+    Ok(())
+}
+
 /// Leaves the current cgroup namespace for a new one whose root is the current cgroup.
 ///
 /// # Errors
@@ -134,6 +146,17 @@ pub(crate) fn execute(path: &CString, arguments: &[CString], environment: &[CStr
     // SAFETY: path and strings end in NUL, both arrays end in NULL, and all outlive the call.
     unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     io::Error::last_os_error()
+}
+
+/// Does nothing but let children end: the kernel keeps no status of them.
+pub(crate) fn reap_for_ever() -> ! {
+    reset_signals();
+    // SAFETY: SIG_IGN runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    loop {
+        // SAFETY: waits for a signal and touches no memory.
+        unsafe { libc::pause() };
+    }
 }
 
 /// Ends the process at once, without the clean-up that belongs to its parent.

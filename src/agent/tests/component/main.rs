@@ -18,5 +18,6 @@
 mod isolation;
 mod lifecycle;
 mod network;
+mod pod;
 mod rig;
 mod streams;

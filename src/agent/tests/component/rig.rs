@@ -187,6 +187,17 @@ impl Rig {
         self.agent.create_container(ctx(), &request).await.map(drop)
     }
 
+    /// Creates a container that shares the pids of its pod.
+    pub async fn create_sharing(&self, id: &str, spec: oci::Spec) -> ttrpc::Result<()> {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            OCI: MessageField::some(spec),
+            sandbox_pidns: true,
+            ..CreateContainerRequest::default()
+        };
+        self.agent.create_container(ctx(), &request).await.map(drop)
+    }
+
     pub async fn start(&self, id: &str) -> ttrpc::Result<()> {
         let request = StartContainerRequest {
             container_id: id.to_owned(),
