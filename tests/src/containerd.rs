@@ -51,11 +51,20 @@ pub struct Options<'a> {
     pub environment: &'a [(&'a str, &'a Path)],
     /// Whether it and its shims find no `/dev/kvm`.
     pub without_kvm: bool,
+    /// Tables of its configuration. Without any, its CRI plugin is off: it costs start time.
+    pub tables: Option<&'a str>,
 }
 
 impl Containerd {
     /// Starts a containerd and gives it the image that `ctr`'s has.
     pub fn start(ctr: &Ctr, options: &Options<'_>) -> Result<Self> {
+        let this = Self::start_empty(ctr, options)?;
+        this.import(ctr, &[ctr.image()], &this.ctr)?;
+        Ok(this)
+    }
+
+    /// Starts a containerd without images.
+    pub fn start_empty(ctr: &Ctr, options: &Options<'_>) -> Result<Self> {
         // On a file system of the kernel's: overlayfs can't have its upper layer on an overlay.
         let folder = tempfile::Builder::new()
             .prefix("nutshell-tests-")
@@ -67,10 +76,15 @@ impl Containerd {
             &config,
             format!(
                 "version = 2\nroot = {root:?}\nstate = {state:?}\n\
-                 disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-                 [grpc]\naddress = {address:?}\n",
+                 disabled_plugins = {disabled}\n\
+                 [grpc]\naddress = {address:?}\n{tables}",
                 root = path.join("root"),
                 state = path.join("state"),
+                disabled = match options.tables {
+                    None => "[\"io.containerd.grpc.v1.cri\"]",
+                    Some(_) => "[]",
+                },
+                tables = options.tables.unwrap_or_default(),
             ),
         )?;
         let mut command = if options.without_kvm {
@@ -99,7 +113,6 @@ impl Containerd {
             ctr: ctr.at(&address),
         };
         this.wait_until_up()?;
-        this.import(ctr)?;
         Ok(this)
     }
 
@@ -149,12 +162,19 @@ impl Containerd {
         .with_context(|| self.log())
     }
 
-    fn import(&self, from: &Ctr) -> Result<()> {
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        Pid::from_child(&self.child).as_raw_nonzero().get()
+    }
+
+    /// Gives it images of another containerd, in the namespace of `to`.
+    pub fn import(&self, from: &Ctr, images: &[&str], to: &Ctr) -> Result<()> {
         let archive = self.folder.path().join("image.tar");
         let name = archive.to_str().context("not UTF-8")?;
-        from.call(&["images", "export", name, from.image()])?
+        from.call(&[&["images", "export", name], images].concat())?
             .exits(0)?;
-        self.ctr.call(&["images", "import", name])?.exits(0)?;
+        to.call(&["images", "import", name])?.exits(0)?;
         Ok(())
     }
 }

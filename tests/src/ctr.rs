@@ -15,6 +15,8 @@ use crate::wait::until;
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// containerd's namespace of the suites.
 pub const NAMESPACE: &str = "default";
+/// The namespace of its CRI plugin.
+pub const CRI_NAMESPACE: &str = "k8s.io";
 
 const RUNTIME: &str = "NUTSHELL_TEST_RUNTIME";
 const IMAGE: &str = "NUTSHELL_TEST_IMAGE";
@@ -25,6 +27,7 @@ const ADDRESS: &str = "CONTAINERD_ADDRESS";
 #[derive(Debug, Clone)]
 pub struct Ctr {
     address: PathBuf,
+    namespace: String,
     runtime: String,
     image: String,
 }
@@ -37,6 +40,7 @@ impl Ctr {
         let or = |name, default: &str| env::var(name).unwrap_or_else(|_| default.to_owned());
         Self {
             address: or(ADDRESS, "/run/containerd/containerd.sock").into(),
+            namespace: NAMESPACE.to_owned(),
             runtime: or(RUNTIME, "io.containerd.kata.v2"),
             image: or(IMAGE, "docker.io/library/busybox:latest"),
         }
@@ -47,6 +51,15 @@ impl Ctr {
     pub fn at(&self, address: &Path) -> Self {
         Self {
             address: address.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    /// The same in another namespace.
+    #[must_use]
+    pub fn in_namespace(&self, namespace: &str) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
             ..self.clone()
         }
     }
@@ -91,7 +104,7 @@ impl Ctr {
         command
             .arg("--address")
             .arg(&self.address)
-            .args(["--namespace", NAMESPACE]);
+            .args(["--namespace", &self.namespace]);
         command.args(arguments);
         command
     }

@@ -2,19 +2,20 @@
 //! What containers may leave on the host: seen before and after, the difference is a leak.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::ctr::{Ctr, NAMESPACE};
+use crate::ctr::{CRI_NAMESPACE, Ctr, NAMESPACE};
 use crate::procs::Process;
 use crate::wait::until;
 
 /// Folders that runtimes and containerd write below while a container lives.
-const FOLDERS: [&str; 8] = [
+const FOLDERS: [&str; 9] = [
     "/run/containerd",
     "/run/kata",
     "/run/kata-containers",
@@ -22,11 +23,12 @@ const FOLDERS: [&str; 8] = [
     "/run/vc",
     "/run/netns",
     "/dev/shm",
+    "/var/lib/cni",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
 
 /// Made at first use and kept: they belong to no container.
-const PARENTS: [&str; 8] = [
+const PARENTS: [&str; 11] = [
     "/run/containerd/runc",
     "/run/containerd/s",
     "/run/kata",
@@ -34,8 +36,20 @@ const PARENTS: [&str; 8] = [
     "/run/kata-containers/shared",
     "/run/kata-containers/shared/sandboxes",
     "/run/netns",
+    "/var/lib/cni",
+    "/var/lib/cni/cache",
+    "/var/lib/cni/results",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
+
+/// What a private containerd keeps of its pods, below its root.
+const PRIVATE: [&str; 2] = [
+    "root/io.containerd.grpc.v1.cri",
+    "root/io.containerd.runtime.v2.task",
+];
+
+/// Folders and cgroups that are made for a namespace's first container and kept.
+const NAMESPACES: [&str; 2] = [NAMESPACE, CRI_NAMESPACE];
 
 /// Not the runtime's to remove: the client's pipes, which `ctr` leaves where its task is gone before
 /// it asks for the deletion.
@@ -72,9 +86,12 @@ impl Snapshot {
             .address()
             .parent()
             .unwrap_or_else(|| Path::new("/run/containerd"));
-        for folder in FOLDERS.iter().map(Path::new).chain([state]) {
-            if let Ok(metadata) = fs::symlink_metadata(folder) {
-                files(&mut things, folder, metadata.dev(), DEPTH);
+        let home = state.parent().unwrap_or(state);
+        let folders = FOLDERS.iter().map(PathBuf::from);
+        let private = PRIVATE.iter().map(|name| home.join(name));
+        for folder in folders.chain(private).chain([state.to_owned()]) {
+            if let Ok(metadata) = fs::symlink_metadata(&folder) {
+                files(&mut things, &folder, metadata.dev(), DEPTH);
             }
         }
         if !ctr.has_vm() {
@@ -142,12 +159,16 @@ fn cgroups(things: &mut BTreeSet<String>, folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             let path = entry.path();
-            if entry.file_name() != NAMESPACE {
+            if !is_namespace(&entry.file_name()) {
                 things.insert(format!("cgroup {}", path.display()));
             }
             cgroups(things, &path);
         }
     }
+}
+
+fn is_namespace(name: &OsStr) -> bool {
+    NAMESPACES.iter().any(|namespace| name == *namespace)
 }
 
 fn sockets(things: &mut BTreeSet<String>) -> Result<()> {
@@ -174,7 +195,7 @@ fn files(things: &mut BTreeSet<String>, folder: &Path, device: u64, depth: usize
             continue;
         };
         let kept = PARENTS.iter().any(|parent| path == Path::new(parent))
-            || metadata.is_dir() && entry.file_name() == NAMESPACE;
+            || metadata.is_dir() && is_namespace(&entry.file_name());
         if !kept {
             things.insert(format!("file {}", path.display()));
         }

@@ -3,12 +3,18 @@
 //! the check that nothing is left behind.
 
 pub mod bundle;
+pub mod cni;
 pub mod containerd;
+pub mod cri;
 pub mod ctr;
 pub mod installed;
 pub mod leaks;
+pub mod node;
+pub mod pod;
 pub mod process;
 pub mod procs;
 pub mod pty;
 pub mod scenario;
+pub mod slow_fs;
+pub mod tasks;
 pub mod wait;

@@ -257,27 +257,31 @@ impl Output {
             bail!("{self}\nexpected a line of words")
         };
         ensure!(lines.next().is_none(), "{self}\nexpected exactly one line");
-        for word in words {
-            ensure!(
-                first.contains(word),
-                "{self}\nexpected {word:?} in the line"
-            );
-        }
-        for internal in [
-            "panicked",
-            "RUST_BACKTRACE",
-            "goroutine",
-            "Error {",
-            "Some(",
-            "Errno(",
-        ] {
-            ensure!(
-                !first.contains(internal),
-                "{self}\nexpected words, not {internal:?}"
-            );
-        }
+        one_line(first, words).with_context(|| self.to_string())?;
         Ok(first.to_owned())
     }
+}
+
+/// Fails unless `text` is one line that has each of `words`, and no internals of Go or Rust.
+pub fn one_line(text: &str, words: &[&str]) -> Result<()> {
+    ensure!(!text.trim().contains('\n'), "expected one line: {text}");
+    for word in words {
+        ensure!(text.contains(word), "expected {word:?} in the line: {text}");
+    }
+    for internal in [
+        "panicked",
+        "RUST_BACKTRACE",
+        "goroutine",
+        "Error {",
+        "Some(",
+        "Errno(",
+    ] {
+        ensure!(
+            !text.contains(internal),
+            "expected words, not {internal:?}: {text}"
+        );
+    }
+    Ok(())
 }
 
 impl std::fmt::Display for Output {

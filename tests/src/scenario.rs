@@ -9,24 +9,48 @@ use anyhow::{Context, Result, bail};
 
 use crate::ctr::Ctr;
 use crate::leaks::Snapshot;
+use crate::node::Node;
 
 /// Held while a scenario runs: in one process by its tests' threads, and between processes.
 const LOCK: &str = "/run/lock/nutshell-tests";
 
 /// Runs `body`, then checks that the host holds nothing that it didn't hold before.
 pub fn scenario(body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
-    framed(body).map_err(Failure)
+    let run = || {
+        let _alone = alone()?;
+        let ctr = Ctr::from_env();
+        framed(&ctr, || body(&ctr), || ctr.sweep())
+    };
+    run().map_err(Failure)
 }
 
-fn framed(body: impl FnOnce(&Ctr) -> Result<()>) -> Result<()> {
+/// The same for pods: on a node, with its CRI.
+pub fn pod_scenario(body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
+    let run = || {
+        // Before the lock: one node serves the tests that wait for it as well.
+        let node = Node::shared()?;
+        let _alone = alone()?;
+        framed(node.ctr(), || body(&node), || node.sweep())
+    };
+    run().map_err(Failure)
+}
+
+fn alone() -> Result<File> {
     let lock = File::create(LOCK).with_context(|| format!("opening {LOCK}"))?;
     lock.lock()?;
-    let ctr = Ctr::from_env();
-    let before = Snapshot::take(&ctr)?;
-    let outcome = body(&ctr);
+    Ok(lock)
+}
+
+fn framed(
+    ctr: &Ctr,
+    body: impl FnOnce() -> Result<()>,
+    sweep: impl FnOnce() -> Result<Vec<String>>,
+) -> Result<()> {
+    let before = Snapshot::take(ctr)?;
+    let outcome = body();
     // The next test starts clean, whatever this one did.
-    let left = ctr.sweep().context("removing the scenario's containers")?;
-    let clean = before.expect_nothing_new(&ctr);
+    let left = sweep().context("removing the scenario's containers")?;
+    let clean = before.expect_nothing_new(ctr);
     match (outcome, clean) {
         (Ok(()), Ok(())) if left.is_empty() => Ok(()),
         (Ok(()), Ok(())) => bail!("containers left behind: {left:?}"),
@@ -43,6 +67,19 @@ pub fn vm_scenario(name: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome
     if ctr.has_vm() {
         return scenario(body);
     }
+    leave_out(name, &ctr)
+}
+
+/// The same on a node.
+pub fn pod_vm_scenario(name: &str, body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
+    let ctr = Ctr::from_env();
+    if ctr.has_vm() {
+        return pod_scenario(body);
+    }
+    leave_out(name, &ctr)
+}
+
+fn leave_out(name: &str, ctr: &Ctr) -> Outcome {
     // Past the harness's capture of what a passing test prints.
     let line = format!("left out: {name} ({} has no VM)", ctr.runtime());
     writeln!(std::io::stderr(), "{line}").map_err(|error| Failure(error.into()))

@@ -14,9 +14,11 @@ use std::process::Command;
 
 /// Name that `ctr images import` gives the image.
 pub(crate) const NAME: &str = "docker.io/library/busybox:latest";
+/// The same root file system with a command that waits: what keeps a pod's namespaces.
+const PAUSE: &str = "docker.io/library/pause:latest";
 const BUSYBOX: &str = "/bin/busybox";
 /// Changes when this file's output does.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 const PASSWD: &str = "\
 root:x:0:0:root:/root:/bin/sh
@@ -101,15 +103,45 @@ fn layer(binary: &[u8], applets: &str) -> Result<Vec<u8>> {
     out.finish()
 }
 
-/// The layer with its config, manifest and index.
+/// The layer with the configs and manifests of both images, and their index.
 fn oci_archive(layer: &[u8]) -> Result<Vec<u8>> {
+    let mut blobs = vec![layer.to_vec()];
+    let mut entries = Vec::new();
+    for (name, command) in [(NAME, &["sh"][..]), (PAUSE, &["sleep", "infinity"])] {
+        let (entry, image) = image(name, command, layer)?;
+        entries.push(entry);
+        blobs.extend(image);
+    }
+    let index = serde_json::to_vec(&json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": entries,
+    }))?;
+
+    let mut out = tar::Archive::new(Vec::new());
+    out.directory("blobs", 0o755)?;
+    out.directory("blobs/sha256", 0o755)?;
+    for blob in blobs {
+        out.file(
+            &format!("blobs/sha256/{}", cache::hex(&Sha256::digest(&blob))),
+            0o644,
+            &blob,
+        )?;
+    }
+    out.file("index.json", 0o644, &index)?;
+    out.file("oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    out.finish()
+}
+
+/// An image's entry in the index, and its config and manifest.
+fn image(name: &str, command: &[&str], layer: &[u8]) -> Result<(serde_json::Value, [Vec<u8>; 2])> {
     let config = serde_json::to_vec(&json!({
         "architecture": "amd64",
         "os": "linux",
         "created": "1970-01-01T00:00:00Z",
         "config": {
             "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-            "Cmd": ["sh"],
+            "Cmd": command,
         },
         "rootfs": { "type": "layers", "diff_ids": [digest(layer)] },
         "history": [{ "created": "1970-01-01T00:00:00Z", "created_by": "busybox-static" }],
@@ -128,28 +160,10 @@ fn oci_archive(layer: &[u8]) -> Result<Vec<u8>> {
         );
         entry.insert(
             "annotations".to_owned(),
-            json!({ "io.containerd.image.name": NAME, "org.opencontainers.image.ref.name": "latest" }),
+            json!({ "io.containerd.image.name": name, "org.opencontainers.image.ref.name": "latest" }),
         );
     }
-    let index = serde_json::to_vec(&json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [entry],
-    }))?;
-
-    let mut out = tar::Archive::new(Vec::new());
-    out.directory("blobs", 0o755)?;
-    out.directory("blobs/sha256", 0o755)?;
-    for blob in [layer, &config, &manifest] {
-        out.file(
-            &format!("blobs/sha256/{}", cache::hex(&Sha256::digest(blob))),
-            0o644,
-            blob,
-        )?;
-    }
-    out.file("index.json", 0o644, &index)?;
-    out.file("oci-layout", 0o644, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    out.finish()
+    Ok((entry, [config, manifest]))
 }
 
 fn descriptor(media_type: &str, blob: &[u8]) -> serde_json::Value {

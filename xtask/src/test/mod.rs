@@ -21,6 +21,8 @@ struct Suite {
     about: &'static str,
     /// Part of `--quick`: needs neither root nor a VM.
     quick: bool,
+    /// Run only where `--only` names it.
+    on_request: bool,
     place: Place,
 }
 
@@ -76,12 +78,14 @@ const SUITES: &[Suite] = &[
         name: "lint",
         about: "format, clippy, licences, architecture",
         quick: true,
+        on_request: false,
         place: Place::Here(lint::run),
     },
     Suite {
         name: "unit",
         about: "unit tests of all crates",
         quick: true,
+        on_request: false,
         place: Place::Here(unit::run),
     },
     Suite {
@@ -94,18 +98,28 @@ const SUITES: &[Suite] = &[
         name: "vsock",
         about: "streams between host and guest, on a machine of its own",
         quick: false,
+        on_request: false,
         place: Place::DevVmStatic,
     },
     Suite {
         name: "ctr",
         about: "containers through containerd's ctr",
         quick: false,
+        on_request: false,
+        place: Place::DevVm,
+    },
+    Suite {
+        name: "pods",
+        about: "pods through containerd's CRI plugin",
+        quick: false,
+        on_request: true,
         place: Place::DevVm,
     },
     Suite {
         name: "faults",
         about: "killed processes, missing files: words and leaks",
         quick: false,
+        on_request: false,
         place: Place::DevVm,
     },
 ];
@@ -155,7 +169,8 @@ fn select(selection: &Selection) -> Result<Vec<&'static Suite>> {
     Ok(SUITES
         .iter()
         .filter(|suite| {
-            selection.only.is_empty() || selection.only.iter().any(|name| name == suite.name)
+            let named = selection.only.iter().any(|name| name == suite.name);
+            named || selection.only.is_empty() && !suite.on_request
         })
         .filter(|suite| !selection.quick || suite.quick)
         .collect())

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A node: a private containerd with its CRI plugin, networks, and the runtime handlers of the
+//! suite.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::{Context, Error, Result, ensure};
+use tempfile::TempDir;
+
+use crate::cni::{KINDS, Network, Networks};
+use crate::containerd::{Containerd, Options};
+use crate::cri::messages::{
+    Empty, ImageSpec, ImageStatusRequest, ImageStatusResponse, ListPodSandboxResponse,
+    RemovePodSandboxRequest, StatusResponse, StopPodSandboxRequest,
+};
+use crate::cri::{Cri, LIMIT};
+use crate::ctr::{CRI_NAMESPACE, Ctr};
+use crate::wait::until;
+
+/// What an admin adds to containerd's configuration.
+const SNIPPET: &str = include_str!("../k8s/containerd-1.toml");
+/// The image that keeps a pod's namespaces.
+const PAUSE: &str = "docker.io/library/pause:latest";
+const RUNC: &str = "io.containerd.runc.v2";
+/// Where the CRI plugin keeps its files, below containerd's root and state.
+const CRI_FOLDER: &str = "io.containerd.grpc.v1.cri";
+/// Parent of the pods' cgroups, as a kubelet makes it.
+const CGROUP: &str = "/sys/fs/cgroup/kubepods";
+const CONTROLLERS: &str = "+cpu +cpuset +io +memory +pids";
+
+/// Configurations of our runtime, each the handler's whose name ends so. The first: small machines,
+/// for a pod needs no more, and the dev VM has room for several.
+const CONFIGURATIONS: [(&str, &str); 3] = [
+    ("", "[hypervisor.dragonball]\ndefault_memory = 256\n"),
+    ("-unknown-key", "[runtime]\nno_such_key = 1\n"),
+    (
+        "-unfit-key",
+        "[hypervisor.dragonball]\nenable_iommu = true\n",
+    ),
+];
+
+/// A running node.
+#[derive(Debug)]
+pub struct Node {
+    // In the order of their ends: containerd, then what it uses.
+    containerd: Containerd,
+    networks: Networks,
+    ctr: Ctr,
+    cri: Cri,
+    _folder: TempDir,
+}
+
+impl Node {
+    /// The node of this process's tests: it lives as long as one of them holds it.
+    pub fn shared() -> Result<Arc<Self>> {
+        static SHARED: Mutex<Weak<Node>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(node) = shared.upgrade() {
+            return Ok(node);
+        }
+        let node = Arc::new(Self::start()?);
+        *shared = Arc::downgrade(&node);
+        Ok(node)
+    }
+
+    fn start() -> Result<Self> {
+        let ctr = Ctr::from_env();
+        let folder = tempfile::Builder::new()
+            .prefix("nutshell-node-")
+            .tempdir_in("/run")?;
+        let networks = Networks::new(&folder.path().join("cni"))?;
+        for (name, text) in CONFIGURATIONS {
+            fs::write(configuration(folder.path(), name), text)?;
+        }
+        cgroup(Path::new(CGROUP))?;
+        let tables = tables(folder.path(), &networks)?;
+        let containerd = Containerd::start_empty(
+            &ctr,
+            &Options {
+                tables: Some(&tables),
+                ..Options::default()
+            },
+        )?;
+        // Made for the first pod and kept: no leak of its.
+        for place in ["root", "state"] {
+            let folder = containerd.folder().join(place).join(CRI_FOLDER);
+            for kind in ["containers", "sandboxes"] {
+                fs::create_dir_all(folder.join(kind))?;
+            }
+        }
+        let cri = Cri::at(containerd.ctr().address());
+        let own = containerd.ctr().in_namespace(CRI_NAMESPACE);
+        containerd.import(&ctr, &[ctr.image(), PAUSE], &own)?;
+        let node = Self {
+            containerd,
+            networks,
+            ctr: own,
+            cri,
+            _folder: folder,
+        };
+        node.wait_until_ready()
+            .with_context(|| node.containerd.log())?;
+        Ok(node)
+    }
+
+    /// Its client.
+    #[must_use]
+    pub fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
+    /// `ctr` for the namespace of its pods.
+    #[must_use]
+    pub fn ctr(&self) -> &Ctr {
+        &self.ctr
+    }
+
+    /// Its containerd.
+    #[must_use]
+    pub fn containerd(&self) -> &Containerd {
+        &self.containerd
+    }
+
+    /// Its networks.
+    #[must_use]
+    pub fn networks(&self) -> &Networks {
+        &self.networks
+    }
+
+    /// The runtime handler under test, for pods of a network.
+    #[must_use]
+    pub fn handler(&self, network: Network) -> String {
+        let name = if self.ctr.has_vm() { "kata" } else { "runc" };
+        format!("{name}{}", network.suffix())
+    }
+
+    /// Folder of a pod's logs.
+    #[must_use]
+    pub fn logs(&self, pod: &str) -> PathBuf {
+        self.containerd.folder().join("logs").join(pod)
+    }
+
+    /// Makes a pod's cgroup, as a kubelet does; answers its path below the cgroups' root.
+    pub fn cgroup(&self, pod: &str) -> Result<PathBuf> {
+        let path = Path::new(CGROUP).join(pod);
+        cgroup(&path)?;
+        Ok(Path::new("/").join(path.strip_prefix("/sys/fs/cgroup")?))
+    }
+
+    /// Removes all pods, by force; answers which there were.
+    pub fn sweep(&self) -> Result<Vec<String>> {
+        let list: ListPodSandboxResponse = self.cri.runtime("ListPodSandbox", &Empty::default())?;
+        let mut left = Vec::new();
+        for pod in list.items {
+            left.push(pod.metadata.name.clone());
+            let stop = StopPodSandboxRequest {
+                pod_sandbox_id: pod.id.clone(),
+                ..Default::default()
+            };
+            let remove = RemovePodSandboxRequest {
+                pod_sandbox_id: pod.id,
+                ..Default::default()
+            };
+            // The second says what hinders the first as well.
+            let _: Result<Empty> = self.cri.runtime("StopPodSandbox", &stop);
+            let _: Empty = self.cri.runtime("RemovePodSandbox", &remove)?;
+        }
+        // A failed test leaves the cgroups that it has made.
+        for entry in fs::read_dir(CGROUP).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(entry.path());
+        }
+        Ok(left)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        until("a node that is ready", LIMIT, || {
+            let Ok(answer) = self
+                .cri
+                .runtime::<StatusResponse>("Status", &Empty::default())
+            else {
+                return Ok(None);
+            };
+            let conditions = &answer.status.conditions;
+            let ready = !conditions.is_empty() && conditions.iter().all(|one| one.status);
+            Ok(ready.then_some(()))
+        })?;
+        for image in [self.ctr.image(), PAUSE] {
+            let request = ImageStatusRequest {
+                image: Some(ImageSpec {
+                    image: image.to_owned(),
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            };
+            until(&format!("the image {image}"), LIMIT, || {
+                let answer: ImageStatusResponse = self.cri.image("ImageStatus", &request)?;
+                Ok(answer.image.is_some().then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(CGROUP);
+    }
+}
+
+/// Where a configuration of our runtime is.
+fn configuration(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("configuration{name}.toml"))
+}
+
+/// containerd's tables for the CRI plugin.
+fn tables(folder: &Path, networks: &Networks) -> Result<String> {
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let mut text = format!(
+        "[{cri}]\nsandbox_image = {PAUSE:?}\n\
+         stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
+         [{cri}.cni]\nbin_dir = {:?}\nconf_dir = {:?}\n",
+        networks.plugins(),
+        networks.configuration(Network::Bridge),
+    );
+    let mut handler = |kata: &str, runc: Option<&str>, network: &Path, configuration: &Path| {
+        let snippet = SNIPPET.replace("runtimes.kata]", &format!("runtimes.{kata}]"));
+        write!(
+            text,
+            "{snippet}cni_conf_dir = {network:?}\n\
+             [{cri}.containerd.runtimes.{kata}.options]\nConfigPath = {configuration:?}\n",
+        )?;
+        if let Some(runc) = runc {
+            write!(
+                text,
+                "[{cri}.containerd.runtimes.{runc}]\n\
+                 runtime_type = {RUNC:?}\ncni_conf_dir = {network:?}\n",
+            )?;
+        }
+        Ok::<_, Error>(())
+    };
+    ensure!(
+        SNIPPET.contains("runtimes.kata]"),
+        "the snippet defines no runtime handler kata"
+    );
+    for kind in KINDS {
+        let suffix = kind.suffix();
+        handler(
+            &format!("kata{suffix}"),
+            Some(&format!("runc{suffix}")),
+            &networks.configuration(kind),
+            &configuration(folder, ""),
+        )?;
+    }
+    for (name, _) in CONFIGURATIONS.iter().skip(1) {
+        handler(
+            &format!("kata{name}"),
+            None,
+            &networks.configuration(Network::Bridge),
+            &configuration(folder, name),
+        )?;
+    }
+    Ok(text)
+}
+
+/// Makes a cgroup whose children have all controllers.
+fn cgroup(path: &Path) -> Result<()> {
+    fs::create_dir_all(path)?;
+    for folder in [path.parent().unwrap_or(path), path] {
+        let file = folder.join("cgroup.subtree_control");
+        fs::write(&file, CONTROLLERS).with_context(|| file.display().to_string())?;
+    }
+    Ok(())
+}
