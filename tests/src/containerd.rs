@@ -2,6 +2,7 @@
 //! A containerd of a test's own: private root, state and address, and an environment that reaches
 //! its shims.
 
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -52,7 +53,18 @@ pub struct Options<'a> {
     /// Whether it and its shims find no `/dev/kvm`.
     pub without_kvm: bool,
     /// Tables of its configuration. Without any, its CRI plugin is off: it costs start time.
-    pub tables: Option<&'a str>,
+    pub tables: Option<&'a Tables>,
+    /// Folder of the programs that are used instead of the machine's.
+    pub programs: Option<&'a Path>,
+}
+
+/// A part of containerd's configuration.
+#[derive(Debug)]
+pub struct Tables {
+    /// Of the format: 2, or 3 from containerd 2 on.
+    pub version: u32,
+    /// TOML.
+    pub text: String,
 }
 
 impl Containerd {
@@ -75,7 +87,7 @@ impl Containerd {
         fs::write(
             &config,
             format!(
-                "version = 2\nroot = {root:?}\nstate = {state:?}\n\
+                "version = {version}\nroot = {root:?}\nstate = {state:?}\n\
                  disabled_plugins = {disabled}\n\
                  [grpc]\naddress = {address:?}\n{tables}",
                 root = path.join("root"),
@@ -84,7 +96,8 @@ impl Containerd {
                     None => "[\"io.containerd.grpc.v1.cri\"]",
                     Some(_) => "[]",
                 },
-                tables = options.tables.unwrap_or_default(),
+                version = options.tables.map_or(2, |tables| tables.version),
+                tables = options.tables.map_or("", |tables| &tables.text),
             ),
         )?;
         let mut command = if options.without_kvm {
@@ -93,7 +106,10 @@ impl Containerd {
             command.arg(path.join("dev")).arg("containerd");
             command
         } else {
-            Command::new("containerd")
+            Command::new(match options.programs {
+                Some(programs) => programs.join("containerd"),
+                None => "containerd".into(),
+            })
         };
         let log = File::create(path.join("log"))?;
         command
@@ -101,6 +117,14 @@ impl Containerd {
             .arg(&config)
             .args(["--log-level", "debug"]);
         command.envs(options.environment.iter().copied());
+        if let Some(programs) = options.programs {
+            // Its shims are looked up there as well.
+            let rest = env::var_os("PATH").unwrap_or_default();
+            let all = [programs.to_owned()]
+                .into_iter()
+                .chain(env::split_paths(&rest));
+            command.env("PATH", env::join_paths(all)?);
+        }
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -110,7 +134,7 @@ impl Containerd {
             command,
             child,
             folder,
-            ctr: ctr.at(&address),
+            ctr: ctr.at(&address).of(options.programs),
         };
         this.wait_until_up()?;
         Ok(this)

@@ -26,6 +26,7 @@ const ADDRESS: &str = "CONTAINERD_ADDRESS";
 /// `ctr` with an address, a runtime and an image.
 #[derive(Debug, Clone)]
 pub struct Ctr {
+    program: PathBuf,
     address: PathBuf,
     namespace: String,
     runtime: String,
@@ -39,6 +40,7 @@ impl Ctr {
     pub fn from_env() -> Self {
         let or = |name, default: &str| env::var(name).unwrap_or_else(|_| default.to_owned());
         Self {
+            program: "ctr".into(),
             address: or(ADDRESS, "/run/containerd/containerd.sock").into(),
             namespace: NAMESPACE.to_owned(),
             runtime: or(RUNTIME, "io.containerd.kata.v2"),
@@ -51,6 +53,15 @@ impl Ctr {
     pub fn at(&self, address: &Path) -> Self {
         Self {
             address: address.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    /// The same with the program of a folder, if there is one.
+    #[must_use]
+    pub fn of(&self, programs: Option<&Path>) -> Self {
+        Self {
+            program: programs.map_or_else(|| self.program.clone(), |folder| folder.join("ctr")),
             ..self.clone()
         }
     }
@@ -100,7 +111,7 @@ impl Ctr {
     /// A `ctr` command.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = Command::new(&self.program);
         command
             .arg("--address")
             .arg(&self.address)

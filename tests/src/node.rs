@@ -2,15 +2,15 @@
 //! A node: a private containerd with its CRI plugin, networks, and the runtime handlers of the
 //! suite.
 
-use std::fmt::Write as _;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use anyhow::{Context, Error, Result, ensure};
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use crate::cni::{KINDS, Network, Networks};
+use crate::cni::{Network, Networks};
 use crate::containerd::{Containerd, Options};
 use crate::cri::messages::{
     Empty, ImageSpec, ImageStatusRequest, ImageStatusResponse, ListPodSandboxResponse,
@@ -18,29 +18,16 @@ use crate::cri::messages::{
 };
 use crate::cri::{Cri, LIMIT};
 use crate::ctr::{CRI_NAMESPACE, Ctr};
+use crate::handlers::{Dialect, PAUSE, tables};
 use crate::wait::until;
 
-/// What an admin adds to containerd's configuration.
-const SNIPPET: &str = include_str!("../k8s/containerd-1.toml");
-/// The image that keeps a pod's namespaces.
-const PAUSE: &str = "docker.io/library/pause:latest";
-const RUNC: &str = "io.containerd.runc.v2";
+/// Folder of the programs of another containerd, 2.x, than the machine's.
+const CONTAINERD: &str = "NUTSHELL_TEST_CONTAINERD";
 /// Where the CRI plugin keeps its files, below containerd's root and state.
 const CRI_FOLDER: &str = "io.containerd.grpc.v1.cri";
 /// Parent of the pods' cgroups, as a kubelet makes it.
 const CGROUP: &str = "/sys/fs/cgroup/kubepods";
 const CONTROLLERS: &str = "+cpu +cpuset +io +memory +pids";
-
-/// Configurations of our runtime, each the handler's whose name ends so. The first: small machines,
-/// for a pod needs no more, and the dev VM has room for several.
-const CONFIGURATIONS: [(&str, &str); 3] = [
-    ("", "[hypervisor.dragonball]\ndefault_memory = 256\n"),
-    ("-unknown-key", "[runtime]\nno_such_key = 1\n"),
-    (
-        "-unfit-key",
-        "[hypervisor.dragonball]\nenable_iommu = true\n",
-    ),
-];
 
 /// A running node.
 #[derive(Debug)]
@@ -72,15 +59,18 @@ impl Node {
             .prefix("nutshell-node-")
             .tempdir_in("/run")?;
         let networks = Networks::new(&folder.path().join("cni"))?;
-        for (name, text) in CONFIGURATIONS {
-            fs::write(configuration(folder.path(), name), text)?;
-        }
         cgroup(Path::new(CGROUP))?;
-        let tables = tables(folder.path(), &networks)?;
+        let programs = env::var_os(CONTAINERD).map(PathBuf::from);
+        let dialect = match programs {
+            Some(_) => Dialect::Two,
+            None => Dialect::One,
+        };
+        let tables = tables(dialect, folder.path(), &networks)?;
         let containerd = Containerd::start_empty(
             &ctr,
             &Options {
                 tables: Some(&tables),
+                programs: programs.as_deref(),
                 ..Options::default()
             },
         )?;
@@ -209,61 +199,6 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = fs::remove_dir(CGROUP);
     }
-}
-
-/// Where a configuration of our runtime is.
-fn configuration(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("configuration{name}.toml"))
-}
-
-/// containerd's tables for the CRI plugin.
-fn tables(folder: &Path, networks: &Networks) -> Result<String> {
-    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
-    let mut text = format!(
-        "[{cri}]\nsandbox_image = {PAUSE:?}\n\
-         stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-         [{cri}.cni]\nbin_dir = {:?}\nconf_dir = {:?}\n",
-        networks.plugins(),
-        networks.configuration(Network::Bridge),
-    );
-    let mut handler = |kata: &str, runc: Option<&str>, network: &Path, configuration: &Path| {
-        let snippet = SNIPPET.replace("runtimes.kata]", &format!("runtimes.{kata}]"));
-        write!(
-            text,
-            "{snippet}cni_conf_dir = {network:?}\n\
-             [{cri}.containerd.runtimes.{kata}.options]\nConfigPath = {configuration:?}\n",
-        )?;
-        if let Some(runc) = runc {
-            write!(
-                text,
-                "[{cri}.containerd.runtimes.{runc}]\n\
-                 runtime_type = {RUNC:?}\ncni_conf_dir = {network:?}\n",
-            )?;
-        }
-        Ok::<_, Error>(())
-    };
-    ensure!(
-        SNIPPET.contains("runtimes.kata]"),
-        "the snippet defines no runtime handler kata"
-    );
-    for kind in KINDS {
-        let suffix = kind.suffix();
-        handler(
-            &format!("kata{suffix}"),
-            Some(&format!("runc{suffix}")),
-            &networks.configuration(kind),
-            &configuration(folder, ""),
-        )?;
-    }
-    for (name, _) in CONFIGURATIONS.iter().skip(1) {
-        handler(
-            &format!("kata{name}"),
-            None,
-            &networks.configuration(Network::Bridge),
-            &configuration(folder, name),
-        )?;
-    }
-    Ok(text)
 }
 
 /// Makes a cgroup whose children have all controllers.

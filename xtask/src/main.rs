@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The project's one door: `cargo xtask run`, `test`, `vm`, `guest`, `bench`, `install`.
 
+mod archive;
 mod bench;
 mod build;
 mod busybox;

@@ -10,6 +10,7 @@
 )]
 
 mod events;
+mod examples;
 mod life;
 mod load;
 mod network;

@@ -5,7 +5,6 @@ use crate::build::Profile;
 use crate::progress;
 use crate::vm::{Contents, Died, Options, Vm};
 use anyhow::{Result, bail};
-use std::path::Path;
 
 /// The dev VM of a test run, started when the first suite needs it.
 #[derive(Debug, Default)]
@@ -14,31 +13,29 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Runs a test binary with the arguments.
+    /// Runs a test binary: its command with the arguments.
     ///
     /// A dev VM that died fails no test: QEMU's emulation of a nested guest loses the dev VM's own
     /// kernel now and then on a busy machine (twice in some ten hours of it). The suite then runs
     /// once more, whole, in a fresh one; what the suite itself brings about happens again there.
-    pub(crate) fn run(&mut self, binary: &Path, arguments: &[String]) -> Result<()> {
-        match self.attempt(binary, arguments) {
+    pub(crate) fn run(&mut self, command: &[String]) -> Result<()> {
+        match self.attempt(command) {
             Err(error) if error.is::<Died>() => {
                 progress::note(&format!("{error:#}"));
                 progress::note("running the suite once more, in a new dev VM");
-                self.attempt(binary, arguments)
+                self.attempt(command)
             }
             result => result,
         }
     }
 
-    fn attempt(&mut self, binary: &Path, arguments: &[String]) -> Result<()> {
+    fn attempt(&mut self, command: &[String]) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), Contents::Containerd(Profile::Quick))?,
         };
-        let mut argv = vec![binary.to_string_lossy().into_owned()];
-        argv.extend_from_slice(arguments);
         // A VM that died takes no further suite down with it.
-        let code = vm.execute(argv)?;
+        let code = vm.execute(command.to_vec())?;
         self.vm = Some(vm);
         if code != 0 {
             bail!("exit code {code}");

@@ -8,9 +8,9 @@ mod unit;
 
 use crate::build::{self, Linkage, Profile};
 use crate::packages::{self, any};
-use crate::progress;
+use crate::{archive, progress};
 use anyhow::{Result, bail};
-use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// A set of tests that is run and reported as one.
@@ -37,11 +37,14 @@ enum Place {
     DevVmStatic,
     /// Component tests of the agent, in the dev VM.
     Agent,
+    /// The test binary `pods` with containerd 2, which asks for a sandbox in this way.
+    Containerd2(&'static str),
 }
 
 impl Place {
-    /// Builds the test binary of the suite `name`.
-    fn binary(self, name: &str) -> Result<PathBuf> {
+    /// Builds the test binary of the suite `name`; answers the command that runs it.
+    fn command(self, name: &str) -> Result<Vec<String>> {
+        let mut command = Vec::new();
         let linkage = match self {
             Self::DevVmStatic => Linkage::Static,
             _ => Linkage::Dynamic,
@@ -67,9 +70,15 @@ impl Place {
                     "component",
                 ]
             }
+            Self::Containerd2(sandboxer) => {
+                command = containerd_2(sandboxer)?;
+                &["--package", "tests", "--test", "pods"]
+            }
             _ => &["--package", "tests", "--test", name],
         };
-        build::test_binary(Profile::Quick, linkage, target)
+        let binary = build::test_binary(Profile::Quick, linkage, target)?;
+        command.push(binary.to_string_lossy().into_owned());
+        Ok(command)
     }
 }
 
@@ -116,6 +125,20 @@ const SUITES: &[Suite] = &[
         place: Place::DevVm,
     },
     Suite {
+        name: "pods-2",
+        about: "the same with containerd 2",
+        quick: false,
+        on_request: true,
+        place: Place::Containerd2("podsandbox"),
+    },
+    Suite {
+        name: "sandbox",
+        about: "the same with containerd 2 and the sandbox API",
+        quick: false,
+        on_request: true,
+        place: Place::Containerd2("shim"),
+    },
+    Suite {
         name: "faults",
         about: "killed processes, missing files: words and leaks",
         quick: false,
@@ -143,9 +166,10 @@ pub(crate) fn run(selection: &Selection) -> Result<u8> {
         let begin = Instant::now();
         let result = match suite.place {
             Place::Here(run) => run(),
-            place => place
-                .binary(suite.name)
-                .and_then(|binary| vm.run(&binary, &selection.arguments)),
+            place => place.command(suite.name).and_then(|mut command| {
+                command.extend_from_slice(&selection.arguments);
+                vm.run(&command)
+            }),
         };
         if let Err(error) = &result {
             progress::note(&format!("suite {} failed: {error:#}", suite.name));
@@ -154,6 +178,19 @@ pub(crate) fn run(selection: &Selection) -> Result<u8> {
     }
     vm.stop()?;
     Ok(report(&results))
+}
+
+/// Assignments that have the suite `pods` use Debian's newest containerd.
+fn containerd_2(sandboxer: &str) -> Result<Vec<String>> {
+    let programs = archive::unpacked("sid", "containerd")?.join("usr/bin");
+    // Built for a newer Debian; it asks little of the C library.
+    let version = progress::output(Command::new(programs.join("containerd")).arg("--version"))?;
+    progress::note(version.trim());
+    Ok(vec![
+        "env".to_owned(),
+        format!("NUTSHELL_TEST_CONTAINERD={}", programs.display()),
+        format!("NUTSHELL_TEST_SANDBOXER={sandboxer}"),
+    ])
 }
 
 fn select(selection: &Selection) -> Result<Vec<&'static Suite>> {
