@@ -40,7 +40,7 @@ case $CNI_COMMAND in
 VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0"]}' ;;
 ADD)
     umount "$CNI_NETNS" && rm "$CNI_NETNS" || exit 1
-    printf '%s' "$config" | sed 's/.*"prevResult"://; s/,"type":"vanishing".*//; s/}$//' ;;
+    printf '%s' "$config" | sed 's/.*"prevResult"://; s/,"type":"vanishing".*//' ;;
 esac
 "#;
 

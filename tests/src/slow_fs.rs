@@ -201,10 +201,13 @@ fn attributes(node: u64) -> Vec<u8> {
     body
 }
 
-fn is_runtime(pid: u32) -> bool {
-    let link = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    let name = link.file_name().unwrap_or_default().to_string_lossy();
-    // runc runs from a copy of itself in memory, whose name says so in the middle.
-    let memory = link.to_string_lossy().contains("memfd:runc");
-    memory || RUNTIMES.iter().any(|runtime| name.starts_with(runtime))
+/// Whether a thread is a runtime's. It may have a name of its own, and runc runs from a copy.
+fn is_runtime(thread: u32) -> bool {
+    let process = Path::new("/proc").join(thread.to_string());
+    let program = fs::read_link(process.join("exe")).unwrap_or_default();
+    let program = program.file_name().unwrap_or_default().to_string_lossy();
+    let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+    RUNTIMES
+        .iter()
+        .any(|runtime| program.starts_with(runtime) || name.starts_with(runtime))
 }
