@@ -101,6 +101,7 @@ const SUITES: &[Suite] = &[
         name: "agent",
         about: "the guest's agent, driven through its protocol",
         quick: false,
+        on_request: false,
         place: Place::Agent,
     },
     Suite {
