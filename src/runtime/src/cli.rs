@@ -5,7 +5,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::error::{Kind, Result, ShimError};
+use tracing::Level;
+
+use crate::error::{Context, Kind, Result, ShimError};
 
 /// The program's name, which its processes go by although they start from `/proc/self/exe`.
 pub(crate) const PROGRAM: &str = "containerd-shim-kata-v2";
@@ -42,6 +44,8 @@ pub(crate) struct Arguments {
     /// The bundle; the working directory where absent.
     pub(crate) bundle: Option<PathBuf>,
     pub(crate) debug: bool,
+    /// What the monitor logs.
+    pub(crate) log_level: Level,
 }
 
 /// Reads the arguments after the program's name.
@@ -53,6 +57,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Argumen
         id: String::new(),
         bundle: None,
         debug: false,
+        log_level: Level::INFO,
     };
     let mut arguments = arguments
         .map(|argument| {
@@ -66,6 +71,11 @@ pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Argumen
         .is_some()
     {
         parsed.action = Action::Vmm;
+        if let Some(level) = arguments.next().transpose()? {
+            parsed.log_level = level
+                .parse()
+                .context(Kind::InvalidArgument, || format!("log level {level:?}"))?;
+        }
         return Ok(parsed);
     }
     while let Some(argument) = arguments.next().transpose()? {
@@ -160,6 +170,17 @@ mod tests {
         assert_eq!(parsed.action, Action::Delete);
         assert!(parsed.debug);
         assert_eq!(parsed.bundle, Some(PathBuf::from("/run/b")));
+    }
+
+    #[test]
+    fn the_monitor_is_told_what_to_log() {
+        let parsed = arguments("vmm DEBUG").unwrap();
+        assert_eq!(
+            (parsed.action, parsed.log_level),
+            (Action::Vmm, Level::DEBUG)
+        );
+        assert_eq!(arguments("vmm").unwrap().log_level, Level::INFO);
+        assert!(arguments("vmm loud").is_err());
     }
 
     #[test]

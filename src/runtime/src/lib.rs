@@ -15,6 +15,7 @@ mod container;
 mod delete;
 mod error;
 mod events;
+mod kata_ctl;
 mod logging;
 mod mount;
 mod paths;
@@ -49,6 +50,22 @@ pub fn shim() -> ExitCode {
     }
 }
 
+/// `kata-ctl`, with the process's arguments.
+pub fn kata_ctl() -> ExitCode {
+    match kata_ctl::run(env::args_os().skip(1)) {
+        Ok((text, well)) => {
+            // Whoever reads may have seen enough.
+            let _ = io::stdout().write_all(text.as_bytes());
+            if well {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(error) => fail(&format!("kata-ctl: {}", error.chain())),
+    }
+}
+
 fn run(arguments: &Arguments) -> Result<()> {
     // What `ps` and `pgrep` show; without it, a process started from /proc/self/exe is "exe".
     let name = match arguments.action {
@@ -61,7 +78,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Action::Delete => delete::run(arguments)?,
         Action::Serve => serve::run(arguments)?,
         Action::Vmm => {
-            logging::start(arguments.debug);
+            logging::start(arguments.log_level);
             vmm::process::run().internal(|| "virtual machine monitor".to_owned())?;
         }
         Action::Info => info()?,

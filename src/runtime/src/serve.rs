@@ -17,7 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{sleep, timeout};
-use tracing::{info, warn};
+use tracing::{Level, info, warn};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
@@ -39,7 +39,11 @@ const FAREWELL: Duration = Duration::from_secs(3);
 
 /// Serves until the shim's work is done.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    logging::start(arguments.debug);
+    logging::start(if arguments.debug {
+        Level::DEBUG
+    } else {
+        Level::INFO
+    });
     let listener = own_listener()?;
     detach()?;
     // One thread: the shim moves messages; what blocks goes to threads that end when idle.

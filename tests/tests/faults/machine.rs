@@ -178,8 +178,8 @@ fn a_configuration_that_makes_no_sense() -> Outcome {
                 &["default_memory", "8"],
             ),
             (
-                "[hypervisor.dragonball]\ndefault_vcpus = 0\n",
-                &["default_vcpus", "0"],
+                "[hypervisor.dragonball]\ndefault_vcpus = 33\n",
+                &["default_vcpus", "33"],
             ),
         ] {
             let output = host.run(configuration)?;

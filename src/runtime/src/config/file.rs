@@ -1,228 +1,175 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The configuration file: Kata's tables and keys.
-//!
-//! `KEYS` is all that a file may hold. A key either sets something, or stands for a choice that
-//! this build has already made; then the one value that agrees with it is accepted, so that a
-//! file may state it, and any other is an error.
+//! Reads the files: their keys, each with the line that it stands in. A later file's keys go over
+//! an earlier one's, table by table, so that a file beside Kata's own may correct it.
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::fmt;
 
-use toml::{Table, Value};
+use serde::Deserialize;
+use toml::Value;
+use toml::de::{DeTable, ValueDeserializer};
 
-use super::{Config, LEAST_MEMORY, MOST_VCPUS};
+use super::keys::{self, Key, settable, tables};
+use super::lookup::Source;
+use crate::error::{Kind, Result, ShimError};
 
-/// What a key does with its value: sets it, or says what it wants instead.
-type Apply = fn(&mut Config, &Value) -> Result<(), String>;
+/// Where a value comes from.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Origin {
+    /// No file sets it.
+    BuiltIn,
+    Line {
+        file: String,
+        line: usize,
+    },
+    /// The annotation of this name.
+    Annotation(String),
+}
 
-/// The machine's keys are in the table that Kata's files use for a built-in monitor.
-const MACHINE: &str = "hypervisor.dragonball";
-
-/// Agents may need longer than Kata's files say; Kata's own floor.
-const SHORTEST_BOOT_TIMEOUT: Duration = Duration::from_secs(10);
-
-const KEYS: &[(&str, &str, Apply)] = &[
-    (MACHINE, "kernel", |config, value| {
-        config.kernel = path(value)?.into();
-        Ok(())
-    }),
-    (MACHINE, "image", |config, value| {
-        config.image = path(value)?.into();
-        Ok(())
-    }),
-    (MACHINE, "kernel_params", |config, value| {
-        text(value)?.clone_into(&mut config.kernel_params);
-        Ok(())
-    }),
-    (MACHINE, "default_vcpus", |config, value| {
-        config.vcpus = value
-            .as_integer()
-            .and_then(|count| u8::try_from(count).ok())
-            .filter(|count| (1..=MOST_VCPUS).contains(count))
-            .ok_or_else(|| format!("wants a number from 1 to {MOST_VCPUS}"))?;
-        Ok(())
-    }),
-    (MACHINE, "default_memory", |config, value| {
-        config.memory_mib = value
-            .as_integer()
-            .and_then(|size| u32::try_from(size).ok())
-            .filter(|size| *size >= LEAST_MEMORY)
-            .ok_or_else(|| format!("wants at least {LEAST_MEMORY} (MiB)"))?;
-        Ok(())
-    }),
-    (MACHINE, "enable_debug", |config, value| {
-        set(&mut config.guest_console, value)
-    }),
-    (MACHINE, "rootfs_type", |_, value| only(value, "erofs")),
-    (MACHINE, "vm_rootfs_driver", |_, value| {
-        only(value, "virtio-blk-pci")
-    }),
-    (MACHINE, "shared_fs", |_, value| {
-        only(value, "inline-virtio-fs")
-    }),
-    ("agent.kata", "enable_debug", |config, value| {
-        set(&mut config.agent_debug, value)
-    }),
-    ("agent.kata", "reconnect_timeout_ms", |config, value| {
-        config.boot_timeout = Duration::from_millis(positive(value)?).max(SHORTEST_BOOT_TIMEOUT);
-        Ok(())
-    }),
-    ("agent.kata", "create_container_timeout", |config, value| {
-        config.call_timeout = Duration::from_secs(positive(value)?);
-        Ok(())
-    }),
-    ("runtime", "name", |_, value| only(value, "virt_container")),
-    ("runtime", "hypervisor_name", |_, value| {
-        only(value, "dragonball")
-    }),
-    ("runtime", "agent_name", |_, value| only(value, "kata")),
-    ("runtime", "enable_debug", |config, value| {
-        set(&mut config.debug, value)
-    }),
-    ("runtime", "internetworking_model", |_, value| {
-        only(value, "none")
-    }),
-    ("runtime", "disable_guest_seccomp", |config, value| {
-        let mut disable = false;
-        set(&mut disable, value)?;
-        config.seccomp = !disable;
-        Ok(())
-    }),
-];
-
-/// Applies a file's keys. The error names every key that is wrong.
-pub(super) fn apply(mut config: Config, text: &str) -> Result<Config, String> {
-    let file: Table = text.parse().map_err(|error: toml::de::Error| {
-        error
-            .to_string()
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ")
-    })?;
-    let mut reasons = Vec::new();
-    for (name, value) in &file {
-        table(&mut config, name, value, &mut reasons);
-    }
-    if reasons.is_empty() {
-        Ok(config)
-    } else {
-        Err(reasons.join("; "))
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuiltIn => formatter.write_str("default"),
+            Self::Line { file, line } => write!(formatter, "{file}:{line}"),
+            Self::Annotation(name) => write!(formatter, "annotation {name}"),
+        }
     }
 }
 
-/// Applies a table of the file, or one in it.
-fn table(config: &mut Config, name: &str, value: &Value, reasons: &mut Vec<String>) {
-    let Some(entries) = value.as_table() else {
-        reasons.push(format!("unknown key {name}"));
-        return;
-    };
-    for (key, value) in entries {
-        let known = KEYS
+/// All that is wrong with a configuration.
+#[derive(Debug, Default)]
+pub(super) struct Reasons(BTreeSet<(Origin, String)>);
+
+impl Reasons {
+    pub(super) fn add(&mut self, origin: Origin, reason: String) {
+        self.0.insert((origin, reason));
+    }
+
+    /// One line with every reason, if there is any.
+    pub(super) fn into_result(self) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let reasons: Vec<_> = self
+            .0
             .iter()
-            .find(|(table, known, _)| *table == name && known == key);
-        match known {
-            Some((_, _, apply)) => {
-                if let Err(reason) = apply(config, value) {
-                    reasons.push(format!("{name}.{key} = {value}: {reason}"));
-                }
+            .map(|(origin, reason)| format!("{origin}: {reason}"))
+            .collect();
+        Err(ShimError::new(
+            Kind::InvalidArgument,
+            format!("configuration: {}", reasons.join("; ")),
+        ))
+    }
+}
+
+/// What the files say, all together.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    /// Their names, in the order in which they were read.
+    pub(super) names: Vec<String>,
+    /// Each key once, with the value that counts.
+    pub(super) settings: Vec<(&'static Key, Value, Origin)>,
+    pub(super) reasons: Reasons,
+}
+
+impl Files {
+    pub(super) fn read(sources: &[Source]) -> Self {
+        let mut files = Self::default();
+        for source in sources {
+            files.names.push(source.name.clone());
+            let reader = Reader {
+                source,
+                files: &mut files,
+                listed: BTreeSet::new(),
+            };
+            reader.read();
+        }
+        files
+    }
+
+    fn set(&mut self, key: &'static Key, value: Value, origin: Origin) {
+        self.settings
+            .retain(|(other, ..)| other.path() != key.path());
+        self.settings.push((key, value, origin));
+    }
+}
+
+/// Reads one file.
+struct Reader<'a> {
+    source: &'a Source,
+    files: &'a mut Files,
+    /// Tables whose keys have been listed.
+    listed: BTreeSet<String>,
+}
+
+impl Reader<'_> {
+    fn read(mut self) {
+        match DeTable::parse(&self.source.text) {
+            Ok(table) => self.walk("", table.into_inner()),
+            Err(error) => {
+                let origin = self.origin(error.span().map_or(0, |span| span.start));
+                // The parser's own words go over several lines.
+                let words: Vec<_> = error.message().split_whitespace().collect();
+                self.files.reasons.add(origin, words.join(" "));
             }
-            None if value.is_table() => table(config, &format!("{name}.{key}"), value, reasons),
-            None => reasons.push(format!("unknown or unsupported key {name}.{key}")),
+        }
+    }
+
+    fn walk(&mut self, name: &str, table: DeTable<'_>) {
+        for (key, value) in table {
+            let origin = self.origin(key.span().start);
+            let path = match name {
+                "" => key.get_ref().to_string(),
+                _ => format!("{name}.{}", key.get_ref()),
+            };
+            let known = keys::all().find(|it| it.table == name && it.name == key.get_ref());
+            if let Some(known) = known {
+                match Value::deserialize(ValueDeserializer::from(value)) {
+                    Ok(value) => self.files.set(known, value, origin),
+                    Err(error) => self.files.reasons.add(origin, error.message().to_owned()),
+                }
+            } else if !value.get_ref().is_table() {
+                let reason = self.unknown(name, &path);
+                self.files.reasons.add(origin, reason);
+            } else if is_table(&path) {
+                // Checked just now.
+                if let toml::de::DeValue::Table(table) = value.into_inner() {
+                    self.walk(&path, table);
+                }
+            } else {
+                let reason = format!("[{path}]: unknown table; there are {}", listed(&tables()));
+                self.files.reasons.add(origin, reason);
+            }
+        }
+    }
+
+    fn unknown(&mut self, table: &str, path: &str) -> String {
+        let keys = settable(table);
+        if keys.is_empty() || !self.listed.insert(table.to_owned()) {
+            return format!("{path}: unknown key");
+        }
+        format!("{path}: unknown key; [{table}] has {}", keys.join(", "))
+    }
+
+    fn origin(&self, offset: usize) -> Origin {
+        let before = self.source.text.get(..offset).unwrap_or_default();
+        Origin::Line {
+            file: self.source.name.clone(),
+            line: before.matches('\n').count().saturating_add(1),
         }
     }
 }
 
-fn text(value: &Value) -> Result<&str, String> {
-    value.as_str().ok_or_else(|| "wants a string".to_owned())
+/// Whether a table is one of ours, or holds one.
+fn is_table(path: &str) -> bool {
+    tables().iter().any(|table| {
+        table
+            .strip_prefix(path)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    })
 }
 
-fn path(value: &Value) -> Result<&str, String> {
-    text(value)
-        .ok()
-        .filter(|path| path.starts_with('/'))
-        .ok_or_else(|| "wants an absolute path".to_owned())
-}
-
-fn positive(value: &Value) -> Result<u64, String> {
-    value
-        .as_integer()
-        .and_then(|number| u64::try_from(number).ok())
-        .filter(|number| *number > 0)
-        .ok_or_else(|| "wants a positive number".to_owned())
-}
-
-fn set(flag: &mut bool, value: &Value) -> Result<(), String> {
-    *flag = value
-        .as_bool()
-        .ok_or_else(|| "wants true or false".to_owned())?;
-    Ok(())
-}
-
-fn only(value: &Value, supported: &str) -> Result<(), String> {
-    if value.as_str() == Some(supported) {
-        Ok(())
-    } else {
-        Err(format!("this build supports {supported:?} only"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kata_s_keys_are_applied() {
-        let text = r#"
-            [hypervisor.dragonball]
-            kernel = "/boot/k"
-            default_vcpus = 4
-            default_memory = 512
-            kernel_params = "a=b"
-            shared_fs = "inline-virtio-fs"
-            [agent.kata]
-            reconnect_timeout_ms = 3000
-            create_container_timeout = 5
-            [runtime]
-            disable_guest_seccomp = true
-        "#;
-        let config = apply(Config::built_in(), text).unwrap();
-        assert_eq!(config.kernel.to_str(), Some("/boot/k"));
-        assert_eq!((config.vcpus, config.memory_mib), (4, 512));
-        assert_eq!(config.boot_timeout, SHORTEST_BOOT_TIMEOUT);
-        assert_eq!(config.call_timeout, Duration::from_secs(5));
-        assert!(!config.seccomp);
-    }
-
-    #[test]
-    fn every_wrong_key_is_named() {
-        let text = r#"
-            colour = 1
-            [hypervisor.qemu]
-            path = "/usr/bin/qemu"
-            [hypervisor.dragonball]
-            default_vcpus = 0
-            default_memory = 8
-            kernel = "vmlinux"
-            enable_hugepages = true
-            [runtime]
-            internetworking_model = "macvtap"
-        "#;
-        let reasons = apply(Config::built_in(), text).unwrap_err();
-        for name in [
-            "colour",
-            "hypervisor.qemu.path",
-            "hypervisor.dragonball.default_vcpus = 0",
-            "hypervisor.dragonball.default_memory = 8",
-            "hypervisor.dragonball.kernel",
-            "hypervisor.dragonball.enable_hugepages",
-            "runtime.internetworking_model = \"macvtap\"",
-        ] {
-            assert!(reasons.contains(name), "{name} in {reasons}");
-        }
-    }
-
-    #[test]
-    fn a_broken_file_is_one_line() {
-        let reasons = apply(Config::built_in(), "[runtime\nname=").unwrap_err();
-        assert!(!reasons.contains('\n'));
-    }
+fn listed(tables: &[&str]) -> String {
+    let names: Vec<_> = tables.iter().map(|table| format!("[{table}]")).collect();
+    names.join(", ")
 }

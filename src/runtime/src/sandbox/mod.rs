@@ -5,6 +5,7 @@
 //! and lives as long as that. Every object that it
 //! makes on the host is in the journal first.
 
+mod cmdline;
 pub(crate) mod journal;
 mod plan;
 mod share;
@@ -28,6 +29,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use self::cmdline::cmdline;
 use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
@@ -47,18 +49,6 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// How long a connection to a listening agent may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What every guest boots with. The console is polled and says nothing while all is well, and
-/// still holds the reason when it isn't; no serial port is probed for. `quiet` comes first: from
-/// `earlycon` on, all that was logged before goes out a byte an exit. There is no IOAPIC to find.
-const CMDLINE: &str = "quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic \
-    root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
-    agent.ready_vport=1024 agent.boot_progress";
-
-/// The same with a console that shows the whole boot.
-const DEBUG_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 \
-    root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
-    agent.ready_vport=1024 agent.boot_progress";
 
 /// A sandbox whose machine runs, or ran.
 #[derive(Debug)]
@@ -134,20 +124,7 @@ impl Booting {
         let share_path = paths::share(name);
         journal.make_folder(&share_path)?;
         let share = Share::create(&share_path)?;
-        let mut cmdline = if config.guest_console {
-            DEBUG_CMDLINE
-        } else {
-            CMDLINE
-        }
-        .to_owned();
-        if config.agent_debug {
-            cmdline.push_str(" agent.log=debug");
-        }
-        if !config.kernel_params.is_empty() {
-            cmdline.push(' ');
-            cmdline.push_str(&config.kernel_params);
-        }
-        let console = if config.guest_console {
+        let console = if config.monitor.debug {
             Some(
                 stderr()
                     .as_fd()
@@ -162,7 +139,9 @@ impl Booting {
             Vm::start(&Machine {
                 vcpus,
                 memory_mib,
-                cmdline,
+                cmdline: cmdline(config),
+                log_level: config.monitor.level(),
+                cache: config.shared_cache,
                 kvm,
                 kernel,
                 image,
@@ -264,7 +243,7 @@ impl Sandbox {
             share: Arc::new(Share::for_test()),
             vm: Vm::for_test(),
             agent,
-            config: Config::load(None).unwrap(),
+            config: Config::built_in(),
             plan: Plan::for_test(),
             stopping: AtomicBool::new(false),
             journal: Mutex::new(None),

@@ -97,7 +97,7 @@ impl Plan {
 
     #[cfg(test)]
     pub(crate) fn for_test() -> Self {
-        let config = Config::load(None).unwrap();
+        let config = Config::built_in();
         Self::single(&Spec::default(), &config).unwrap()
     }
 
@@ -205,7 +205,7 @@ mod tests {
                   "namespaces": [{{"type": "network", "path": "/run/netns/n"}}]}}}}"#
         );
         let spec = spec::read(text.as_bytes()).unwrap();
-        let plan = Plan::pod(&spec, &Config::load(None).unwrap()).unwrap();
+        let plan = Plan::pod(&spec, &Config::built_in()).unwrap();
         let pod = plan.pod.unwrap();
         assert_eq!(plan.hostname, "web-0");
         assert_eq!(plan.size.memory_mib, 320);
@@ -239,7 +239,7 @@ mod tests {
             .into(),
             ..Default::default()
         };
-        let config = Config::load(None).unwrap();
+        let config = Config::of_text("[hypervisor.dragonball]\ndefault_maxvcpus = 8");
         let plan = Plan::of_config(&pod, "/run/netns/n", &config).unwrap();
         assert_eq!((plan.size.vcpus, plan.size.memory_mib), (3, 1088));
         assert_eq!(plan.hostname, "web-0");

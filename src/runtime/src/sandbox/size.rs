@@ -7,12 +7,10 @@ use std::collections::HashMap;
 
 use protocols::containerd::cri::LinuxContainerResources;
 
-use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS};
-use crate::error::{Context, Kind, Result, ShimError};
+use crate::config::{Config, whole_cpus};
+use crate::error::{Context, Kind, Result};
 use crate::spec::Spec;
 
-/// What the guest needs beside its containers, in MiB.
-const OVERHEAD: u64 = 64;
 /// The least for containers with a limit, in MiB: room for the guest's page cache.
 const FLOOR: u64 = 256;
 
@@ -79,34 +77,28 @@ impl Size {
 impl Limits {
     fn size(self, config: &Config) -> Result<Size> {
         let configured = u64::from(config.memory_mib);
+        let most = config.memory_limit();
         let memory = self
             .memory
             .and_then(|bytes| u64::try_from(bytes).ok())
             // A limit that no host has is no limit.
             .filter(|&bytes| bytes > 0 && bytes < 1 << 40)
             .map_or(configured, |bytes| {
-                let wanted = (bytes >> 20).saturating_add(OVERHEAD);
+                let wanted = (bytes >> 20).saturating_add(config.overhead_mib.into());
                 wanted.max(FLOOR.min(configured))
             });
-        let memory = u32::try_from(memory).internal(|| "memory".to_owned())?;
-        if memory < LEAST_MEMORY {
-            return Err(ShimError::new(
-                Kind::InvalidArgument,
-                format!("{memory} MiB of memory: a guest needs at least {LEAST_MEMORY}"),
-            ));
-        }
-        let wanted = self
-            .quota
-            .and_then(|quota| u64::try_from(quota).ok())
-            .and_then(|quota| {
-                quota
-                    .checked_next_multiple_of(self.period?)?
-                    .checked_div(self.period?)
-            })
-            .unwrap_or(0);
-        let vcpus = u8::try_from(wanted)
-            .unwrap_or(MOST_VCPUS)
-            .clamp(config.vcpus, MOST_VCPUS);
+        // A limit grants nothing: a machine that is smaller keeps within it, too.
+        let memory = u32::try_from(memory).unwrap_or(most).min(most);
+        let quota = self.quota.filter(|&quota| quota > 0);
+        let period = self.period.filter(|&period| period > 0);
+        let vcpus = match quota.zip(period) {
+            Some((quota, period)) => {
+                let wanted = quota as f64 / period as f64 + config.overhead_vcpus;
+                let most = config.vcpu_limit();
+                whole_cpus(wanted, most).unwrap_or(most).max(config.vcpus)
+            }
+            None => config.vcpus,
+        };
         Ok(Size {
             vcpus,
             memory_mib: memory,
@@ -134,9 +126,16 @@ mod tests {
     use super::*;
     use crate::spec;
 
+    /// Where the host's size is no bound.
+    fn wide() -> Config {
+        Config::of_text(
+            "[hypervisor.dragonball]\ndefault_maxvcpus = 32\ndefault_maxmemory = 1000000\n",
+        )
+    }
+
     fn sized(resources: &str) -> (u8, u32) {
         let text = format!("{{\"linux\": {{\"resources\": {resources}}}}}");
-        let config = Config::load(None).unwrap();
+        let config = wide();
         let size = Size::of_container(&spec::read(text.as_bytes()).unwrap(), &config).unwrap();
         (size.vcpus, size.memory_mib)
     }
@@ -162,13 +161,33 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_operator_bounds_a_machine_and_adds_to_it() {
+        let config = Config::of_text(
+            "[hypervisor.dragonball]\ndefault_maxvcpus = 4\ndefault_maxmemory = 2048\n\
+             overhead_vcpus = 0.25\noverhead_memory = 32\n",
+        );
+        let size = |quota, memory: i64| {
+            let limits = Limits {
+                memory: Some(memory << 20),
+                quota: Some(quota),
+                period: Some(100_000),
+            };
+            let size = limits.size(&config).unwrap();
+            (size.vcpus, size.memory_mib)
+        };
+        assert_eq!(size(175_000, 1024), (2, 1056));
+        assert_eq!(size(200_000, 1024), (3, 1056));
+        assert_eq!(size(900_000, 8192), (4, 2048));
+    }
+
     fn pod(values: [&str; 3]) -> Result<Size> {
         let annotations = [CPU_QUOTA, CPU_PERIOD, MEMORY]
             .into_iter()
             .zip(values)
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
-        Size::of_pod(&annotations, &Config::load(None).unwrap())
+        Size::of_pod(&annotations, &wide())
     }
 
     #[test]

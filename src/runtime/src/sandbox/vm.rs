@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
-use tracing::{debug, error, info};
+use tracing::{Level, debug, error, info};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
     Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache,
@@ -41,6 +41,10 @@ pub(crate) struct Machine {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u32,
     pub(crate) cmdline: String,
+    /// What the monitor logs.
+    pub(crate) log_level: Level,
+    /// How long the guest may trust what it has read of a shared file.
+    pub(crate) cache: FsCache,
     pub(crate) kvm: File,
     pub(crate) kernel: File,
     pub(crate) image: File,
@@ -86,6 +90,7 @@ impl Vm {
         command
             .arg0(PROGRAM)
             .arg(VMM_ROLE)
+            .arg(machine.log_level.as_str())
             .env_clear()
             .current_dir("/");
         let vm = Self::spawn(command)?;
@@ -148,7 +153,7 @@ impl Vm {
                 tag: share::TAG.to_owned(),
                 directory: files.add(machine.share.as_fd()),
                 read_only: false,
-                cache: FsCache::Auto,
+                cache: machine.cache,
             }],
             vsock: Some(Vsock {
                 cid: GUEST_CID,

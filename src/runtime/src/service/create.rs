@@ -12,10 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 
-use protobuf::{Message, MessageField};
+use protobuf::MessageField;
 use protocols::agent::agent::CreateContainerRequest;
 use protocols::containerd::mount::Mount;
-use protocols::containerd::runtime_options::Options;
 use protocols::containerd::shim::CreateTaskRequest;
 use protocols::containerd::task_events::{TaskCreate, TaskIO};
 use tokio::task::spawn_blocking;
@@ -28,12 +27,9 @@ use crate::config::Config;
 use crate::container::io::Stdio;
 use crate::container::{Actor, Command, Parts, Pause};
 use crate::error::{Context, Kind, Result, ShimError};
-use crate::paths;
 use crate::sandbox::{Booting, GUEST_SHM, Plan, Sandbox, Share};
 use crate::spec::{self, Amended, Bind, Spec};
-
-/// Name of the runtime handler's options on the wire.
-const OPTIONS: &str = "runtimeoptions.v1.Options";
+use crate::{logging, paths};
 
 /// Creates a container; the number of the process that stands for it.
 pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Result<u32> {
@@ -105,7 +101,7 @@ async fn pod(
     request: &CreateTaskRequest,
     spec: &Spec,
 ) -> Result<Arc<Sandbox>> {
-    let config = Config::load(config_path(request)?.as_deref())?;
+    let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
     let plan = Plan::pod(spec, &config)?;
     boot(shim, id, config, plan, |_| Ok(())).await
 }
@@ -121,12 +117,13 @@ async fn container(
     let rootfs = Rootfs::new(request, bundle, &spec);
     let (sandbox, amended) = if let Membership::Member(id) = membership {
         let sandbox = shim.sandbox(id)?;
+        sandbox.config().check_member(&spec.annotations)?;
         let amended = amend(&mut spec, &request.id, sandbox.config(), Some(&sandbox))?;
         let (share, binds) = (sandbox.share(), amended.binds.clone());
         blocking(move || rootfs.mount(&share, &binds)).await?;
         (sandbox, amended)
     } else {
-        let config = Config::load(config_path(request)?.as_deref())?;
+        let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
         let plan = Plan::single(&spec, &config)?;
         let amended = amend(&mut spec, &request.id, &config, None)?;
         let binds = amended.binds.clone();
@@ -192,6 +189,7 @@ pub(super) async fn boot(
     plan: Plan,
     mount: impl FnOnce(&Share) -> Result<()> + Send + 'static,
 ) -> Result<Arc<Sandbox>> {
+    logging::set_level(config.log.level());
     let name = paths::sandbox_name(&shim.namespace, id);
     let id = id.to_owned();
     let booting = blocking(move || Booting::start(&id, &name, config, plan)).await?;
@@ -278,31 +276,6 @@ fn amend(spec: &mut Spec, id: &str, config: &Config, sandbox: Option<&Sandbox>) 
         pod,
     };
     spec::amend(spec, &place)
-}
-
-/// The configuration file that containerd's runtime handler names.
-fn config_path(request: &CreateTaskRequest) -> Result<Option<PathBuf>> {
-    let Some(any) = request.options.as_ref().filter(|any| !any.value.is_empty()) else {
-        return Ok(None);
-    };
-    let name = any.type_url.rsplit('/').next().unwrap_or_default();
-    if name != OPTIONS {
-        return Err(ShimError::new(
-            Kind::InvalidArgument,
-            format!("runtime options of type {name:?}: wants {OPTIONS}"),
-        ));
-    }
-    let options = Options::parse_from_bytes(&any.value)
-        .context(Kind::InvalidArgument, || "runtime options".to_owned())?;
-    if !options.config_body.is_empty() {
-        return Err(ShimError::new(
-            Kind::InvalidArgument,
-            "runtime options: a configuration in place is not supported, name a file by ConfigPath",
-        ));
-    }
-    Ok(Some(options.config_path)
-        .filter(|path| !path.is_empty())
-        .map(PathBuf::from))
 }
 
 /// Hands the guest's out-of-memory events to their containers, as long as there is a guest.

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `kata-ctl`: what the runtime would go by, and whether this host has what it needs.
+
+mod check;
+mod environment;
+mod show;
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::config::{Named, Sourced};
+use crate::error::{Kind, Result, ShimError};
+
+const HELP: &str = "\
+usage: kata-ctl COMMAND [OPTION...]
+
+commands:
+  config   the configuration in effect as TOML, and where each value comes from
+  check    whether this host can run containers in machines; says what fails
+  env      versions, files and the host in TOML
+  version  this program's version
+
+options:
+  --file FILE               of config, check, env: this configuration file
+  --annotation NAME=VALUE   of config: as if a pod had it (may be repeated)
+  --json                    of env: JSON
+";
+
+/// The command line.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Arguments {
+    command: String,
+    file: Option<PathBuf>,
+    annotations: HashMap<String, String>,
+    json: bool,
+}
+
+/// Runs a command; what it prints, and whether all is well.
+pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<(String, bool)> {
+    let arguments = parse(arguments)?;
+    match arguments.command.as_str() {
+        "config" => {
+            let mut sourced = arguments.read()?;
+            sourced.annotate(&arguments.annotations)?;
+            Ok((show::toml(&sourced), true))
+        }
+        "check" => Ok(check::run(arguments.read())),
+        "env" => environment::describe(&arguments.read()?, arguments.json).map(|it| (it, true)),
+        "version" => Ok((
+            format!("kata-ctl (Nutshell) {}\n", env!("CARGO_PKG_VERSION")),
+            true,
+        )),
+        _ => Ok((HELP.to_owned(), true)),
+    }
+}
+
+impl Arguments {
+    fn read(&self) -> Result<Sourced> {
+        Sourced::read(self.file.clone().map(Named::File))
+    }
+}
+
+fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
+    let mut parsed = Arguments::default();
+    let mut words = arguments.map(|word| {
+        word.into_string()
+            .map_err(|word| invalid(format!("argument {word:?} is not UTF-8")))
+    });
+    parsed.command = words
+        .next()
+        .transpose()?
+        .unwrap_or_else(|| "help".to_owned());
+    let options: &[&str] = match parsed.command.as_str() {
+        "config" => &["--file", "--annotation"],
+        "check" => &["--file"],
+        "env" => &["--file", "--json"],
+        "version" | "--version" | "help" | "--help" | "-h" => &[],
+        other => {
+            return Err(invalid(format!(
+                "unknown command {other:?}: there are config, check, env, version, help"
+            )));
+        }
+    };
+    parsed.command = parsed.command.trim_start_matches('-').to_owned();
+    while let Some(word) = words.next().transpose()? {
+        let (name, inline) = match word.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (word.as_str(), None),
+        };
+        if !options.contains(&name) {
+            return Err(invalid(format!("{} knows no {name:?}", parsed.command)));
+        }
+        if name == "--json" {
+            parsed.json = true;
+            continue;
+        }
+        let value = match inline {
+            Some(value) => value,
+            None => words
+                .next()
+                .transpose()?
+                .ok_or_else(|| invalid(format!("{name} wants a value")))?,
+        };
+        if name == "--file" {
+            parsed.file = Some(value.into());
+        } else {
+            let (name, value) = value
+                .split_once('=')
+                .ok_or_else(|| invalid(format!("--annotation {value:?}: wants NAME=VALUE")))?;
+            parsed.annotations.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    Ok(parsed)
+}
+
+fn invalid(context: String) -> ShimError {
+    ShimError::new(Kind::InvalidArgument, context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(line: &str) -> Result<Arguments> {
+        parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn options_are_read() {
+        let parsed =
+            arguments("config --file /c.toml --annotation a=b=c --annotation=d=e").unwrap();
+        assert_eq!(parsed.file, Some("/c.toml".into()));
+        assert_eq!(parsed.annotations.get("a").map(String::as_str), Some("b=c"));
+        assert_eq!(parsed.annotations.get("d").map(String::as_str), Some("e"));
+        assert!(arguments("env --json").unwrap().json);
+    }
+
+    #[test]
+    fn unknown_words_are_refused() {
+        for (line, reason) in [
+            ("exec", "unknown command \"exec\": there are config, "),
+            ("check --json", "check knows no \"--json\""),
+            ("config --file", "--file wants a value"),
+            (
+                "config --annotation a",
+                "--annotation \"a\": wants NAME=VALUE",
+            ),
+        ] {
+            let error = arguments(line).unwrap_err().chain();
+            assert!(error.contains(reason), "{reason} in {error}");
+        }
+    }
+
+    #[test]
+    fn help_and_version_are_there() {
+        let output = |line: &str| run(line.split_whitespace().map(OsString::from)).unwrap().0;
+        for line in ["", "help", "--help", "-h"] {
+            assert_eq!(output(line), HELP);
+        }
+        assert!(output("version").starts_with("kata-ctl (Nutshell) "));
+        assert_eq!(output("--version"), output("version"));
+    }
+}

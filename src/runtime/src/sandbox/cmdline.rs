@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line of a guest's kernel.
+
+use tracing::Level;
+
+use crate::config::Config;
+
+/// The console is polled and says nothing while all is well, and still holds the reason when it
+/// isn't; no serial port is probed for. `quiet` comes first: from `earlycon` on, all that was
+/// logged before goes out a byte an exit. There is no IOAPIC to find.
+const QUIET: &str = "quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic";
+
+/// A console that shows the whole boot.
+const VERBOSE: &str = "console=ttyS0 8250.nr_uarts=1";
+
+/// The image's disk, the agent, and what the agent has to tell.
+const COMMON: &str = "root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
+    agent.ready_vport=1024 agent.boot_progress";
+
+/// What the agent logs where nothing is said.
+const AGENT_LEVEL: Level = Level::WARN;
+
+/// The whole command line; what the operator adds comes last, and so counts most.
+pub(super) fn cmdline(config: &Config) -> String {
+    let console = if config.monitor.debug { VERBOSE } else { QUIET };
+    let mut cmdline = format!("{console} {COMMON}");
+    let level = config.agent.level();
+    if level != AGENT_LEVEL {
+        cmdline.push_str(" agent.log=");
+        cmdline.push_str(&level.as_str().to_ascii_lowercase());
+    }
+    if !config.kernel_params.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&config.kernel_params);
+    }
+    cmdline
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> String {
+        cmdline(&Config::of_text(text))
+    }
+
+    #[test]
+    fn a_guest_is_quiet_unless_told_otherwise() {
+        assert_eq!(words(""), format!("{QUIET} {COMMON}"));
+        let loud = words("[hypervisor.dragonball]\nenable_debug = true");
+        assert_eq!(loud, format!("{VERBOSE} {COMMON}"));
+    }
+
+    #[test]
+    fn the_agent_and_the_operator_come_last() {
+        let both = words(
+            "[hypervisor.dragonball]\nkernel_params = \"a=b c\"\n[agent.kata]\nlog_level = \"info\"",
+        );
+        assert!(both.ends_with(" agent.log=info a=b c"), "{both}");
+        let debug = words("[agent.kata]\nenable_debug = true");
+        assert!(debug.ends_with(" agent.log=debug"), "{debug}");
+    }
+}
