@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -82,6 +83,7 @@ impl Snapshot {
                 entry?.file_name().to_string_lossy()
             ));
         }
+        redirections(&mut things)?;
         let state = ctr
             .address()
             .parent()
@@ -149,6 +151,20 @@ fn processes(things: &mut BTreeSet<String>) -> Result<()> {
                 process.name,
                 process.arguments().join(" ")
             ));
+        }
+    }
+    Ok(())
+}
+
+/// What joins network devices: qdiscs that take in packets. Their filters go with them.
+fn redirections(things: &mut BTreeSet<String>) -> Result<()> {
+    let output = Command::new("tc")
+        .args(["qdisc", "show"])
+        .output()
+        .context("starting tc, of Debian's package iproute2")?;
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        if ["ingress", "clsact"].iter().any(|kind| line.contains(kind)) {
+            things.insert(format!("tc {line}"));
         }
     }
     Ok(())

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
@@ -98,10 +98,12 @@ impl SlowFs {
         self.point.join("slow")
     }
 
-    /// Waits until a runtime waits.
-    pub fn wait_for_a_runtime(&self, limit: Duration) -> Result<()> {
+    /// Waits until a runtime waits; fails at once when `given_up` says that none will.
+    pub fn wait_for_a_runtime(&self, limit: Duration, given_up: impl Fn() -> bool) -> Result<()> {
         until("a runtime at the slow file system", limit, || {
-            Ok((!self.shared.state().held.is_empty()).then_some(()))
+            let waits = !self.shared.state().held.is_empty();
+            ensure!(waits || !given_up(), "none will come");
+            Ok(waits.then_some(()))
         })
     }
 

@@ -93,9 +93,10 @@ fn a_slow_create_delays_nobody_else() -> Outcome {
             ..Default::default()
         });
         let (meanwhile, created) = thread::scope(|scope| -> Result<_> {
-            let creating = scope.spawn(|| pod.create(&config));
+            // A task is created when its container is started.
+            let creating = scope.spawn(|| pod.start(&config));
             let measured = (|| {
-                slow.wait_for_a_runtime(LIMIT)?;
+                slow.wait_for_a_runtime(LIMIT, || creating.is_finished())?;
                 let begin = Instant::now();
                 let meanwhile = answers(node, &neighbour)?;
                 neighbour.shell("true").context("an exec meanwhile")?;
@@ -109,9 +110,13 @@ fn a_slow_create_delays_nobody_else() -> Outcome {
             })();
             slow.release();
             let created = creating.join().map_err(|_| anyhow::anyhow!("panicked"))?;
-            Ok((measured?, created?))
+            match (measured, created) {
+                (Ok(measured), Ok(created)) => Ok((measured, created)),
+                (Err(error), Ok(_)) => Err(error),
+                (Ok(_), Err(error)) => Err(error),
+                (Err(error), Err(cause)) => Err(error.context(format!("{cause:#}"))),
+            }
         })?;
-        created.start()?;
         let code = created.wait(LIMIT)?;
         ensure!(code == 0, "the slow container's exit code is {code}");
 
