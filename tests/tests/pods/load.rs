@@ -10,7 +10,7 @@ use tests::cri::messages::Mount;
 use tests::node::Node;
 use tests::pod::{Container, Pod};
 use tests::procs::Process;
-use tests::scenario::{Outcome, pod_scenario};
+use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::slow_fs::SlowFs;
 use tests::wait::until;
 
@@ -79,7 +79,8 @@ fn one_life(node: &Node, name: &str) -> Result<()> {
 
 #[test]
 fn a_slow_create_delays_nobody_else() -> Outcome {
-    pod_scenario(|node| {
+    // Beside a create of runc's shim, the statistics of its other containers wait for it.
+    pod_vm_scenario("a_slow_create_delays_nobody_else", |node| {
         let point = node.containerd().folder().join("slow");
         let slow = SlowFs::mount(&point)?;
         let pod = Pod::run(node, "slow")?;
