@@ -13,15 +13,17 @@ use std::time::{Duration, SystemTime};
 use protobuf::{Message, MessageField};
 use protocols::containerd::shim::{DeleteResponse, ShutdownRequest, StateRequest};
 use protocols::containerd::shim_ttrpc::TaskClient;
-use tokio::runtime;
+use tokio::runtime::{self, Runtime};
 use ttrpc::Code;
 
 use crate::bundle::{Bundle, Membership};
 use crate::cli::Arguments;
 use crate::error::{Context, Result};
+use crate::hooks::{Hooks, HostMounts};
 use crate::paths;
 use crate::process::ProcessId;
 use crate::sandbox::journal::Journal;
+use crate::spec;
 
 /// Killed: what containerd itself records for a task whose shim is gone.
 const EXIT_STATUS: u32 = 137;
@@ -46,6 +48,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         if let Some(journal) = Journal::open(paths::journal(&name))? {
             journal.remove_all()?;
         }
+        poststop(&bundle, &arguments.id)?;
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).internal(|| format!("remove {}", socket.display()));
@@ -66,6 +69,28 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .internal(|| "print the answer".to_owned())
 }
 
+/// Runs the hooks that the shim did not come to.
+fn poststop(bundle: &Bundle, id: &str) -> Result<()> {
+    let Some(spec) = bundle
+        .configuration()
+        .ok()
+        .and_then(|it| spec::read(&it).ok())
+    else {
+        // Removed already, or never readable: then no hook of it has run either.
+        return Ok(());
+    };
+    let hooks = Hooks::new(&spec, id, bundle.path(), HostMounts::current()?);
+    runtime()?.block_on(hooks.poststop());
+    Ok(())
+}
+
+fn runtime() -> Result<Runtime> {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .internal(|| "start the runtime".to_owned())
+}
+
 /// Whether a shim answers that sees to the rest. containerd runs `delete` after each task that it
 /// has deleted, too, when it closes that task's connection: a pod's shim may have other
 /// containers then, even without its sandbox's. A pod's shim also outlives a member that failed.
@@ -74,11 +99,7 @@ fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
     if UnixStream::connect(socket).is_err() {
         return Ok(false);
     }
-    let runtime = runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .internal(|| "start the runtime".to_owned())?;
-    Ok(runtime.block_on(async {
+    Ok(runtime()?.block_on(async {
         let address = format!("unix://{}", socket.display());
         let Ok(client) = ttrpc::r#async::Client::connect(&address).await else {
             return false;

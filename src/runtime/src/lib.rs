@@ -15,6 +15,7 @@ mod container;
 mod delete;
 mod error;
 mod events;
+mod hooks;
 mod kata_ctl;
 mod logging;
 mod mount;

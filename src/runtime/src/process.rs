@@ -139,12 +139,6 @@ impl Usage {
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn a_process_has_used_memory() {
-        let usage = Usage::of(process::id()).unwrap();
-        assert!(usage.memory > 100_000, "{usage:?}");
-    }
-
     use super::*;
 
     #[test]
@@ -157,5 +151,11 @@ mod tests {
         older.kill(Duration::from_secs(1)).unwrap();
         // Still here.
         assert_eq!(ProcessId::own().unwrap(), own);
+    }
+
+    #[test]
+    fn a_process_has_used_memory() {
+        let usage = Usage::of(process::id()).unwrap();
+        assert!(usage.memory > 100_000, "{usage:?}");
     }
 }

@@ -24,6 +24,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::cli::Arguments;
 use crate::error::{Context, Result};
 use crate::events::Publisher;
+use crate::hooks::HostMounts;
 use crate::service::{SandboxService, Shim, TaskService};
 use crate::{logging, raw};
 
@@ -45,6 +46,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Level::INFO
     });
     let listener = own_listener()?;
+    let host = HostMounts::current()?;
     detach()?;
     // One thread: the shim moves messages; what blocks goes to threads that end when idle.
     let runtime = runtime::Builder::new_current_thread()
@@ -53,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .internal(|| "start the runtime".to_owned())?;
-    runtime.block_on(serve(arguments, listener))
+    runtime.block_on(serve(arguments, listener, host))
 }
 
 /// The listening socket that `start` passed as standard input, which becomes `/dev/null`.
@@ -80,14 +82,14 @@ fn detach() -> Result<()> {
     env::set_current_dir("/").internal(|| "change to /".to_owned())
 }
 
-async fn serve(arguments: &Arguments, listener: StdListener) -> Result<()> {
+async fn serve(arguments: &Arguments, listener: StdListener, host: HostMounts) -> Result<()> {
     let listener = UnixListener::from_std(listener).internal(|| "listen".to_owned())?;
     let path = listener
         .local_addr()
         .ok()
         .and_then(|it| it.as_pathname().map(ToOwned::to_owned));
     let events = Publisher::start(&arguments.namespace, env::var("TTRPC_ADDRESS").ok());
-    let shim = Arc::new(Shim::new(&arguments.namespace, events.clone()));
+    let shim = Arc::new(Shim::new(&arguments.namespace, events.clone(), host));
     let tasks = Arc::new(TaskService::new(Arc::clone(&shim)));
     let sandboxes = Arc::new(SandboxService::new(Arc::clone(&shim)));
     let mut server = Server::new()

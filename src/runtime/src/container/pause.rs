@@ -24,6 +24,7 @@ use super::process::precondition;
 use super::{Command, Exit, Handle, Registry, Reply, Snapshot, Status};
 use crate::error::{Kind, Result, ShimError};
 use crate::events::Publisher;
+use crate::hooks::Hooks;
 use crate::sandbox::Sandbox;
 
 /// What the program answers to SIGINT and SIGTERM, its only handlers: an orderly end.
@@ -61,6 +62,7 @@ pub(crate) struct Pause {
     sandbox: Arc<Sandbox>,
     events: Publisher,
     registry: Arc<Registry>,
+    hooks: Hooks,
     mailbox: mpsc::UnboundedReceiver<Command>,
     notes: mpsc::UnboundedReceiver<Note>,
     notify: mpsc::UnboundedSender<Note>,
@@ -86,6 +88,7 @@ impl Pause {
             sandbox: parts.sandbox,
             events: parts.events,
             registry: parts.registry,
+            hooks: parts.hooks,
             mailbox,
             notes,
             notify,
@@ -181,6 +184,8 @@ impl Pause {
             pid: self.pid,
             ..TaskStart::default()
         });
+        let (hooks, pid) = (self.hooks.clone(), self.pid);
+        tokio::spawn(async move { hooks.poststart(pid).await });
         Ok(self.pid)
     }
 
@@ -249,6 +254,7 @@ impl Pause {
         }
         self.ending = true;
         let (sandbox, notify) = (Arc::clone(&self.sandbox), self.notify.clone());
+        let hooks = self.hooks.clone();
         tokio::spawn(async move {
             if let Err(error) = sandbox.stop().await {
                 warn!(
@@ -257,6 +263,7 @@ impl Pause {
                     "not all removed"
                 );
             }
+            hooks.poststop().await;
             let at = SystemTime::now();
             let _ = notify.send(Note::Gone(Exit { status, at }));
         });

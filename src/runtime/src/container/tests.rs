@@ -3,6 +3,7 @@
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,7 +26,9 @@ use ttrpc::r#async::{Server, TtrpcContext};
 use super::*;
 use crate::agent::Agent;
 use crate::events::{Published, Publisher};
+use crate::hooks::{Hooks, HostMounts};
 use crate::sandbox::Sandbox;
+use crate::spec::Spec;
 
 /// An agent whose processes end, and whose starts answer, when the test says so.
 #[derive(Default)]
@@ -204,6 +207,12 @@ impl Fixture {
             sandbox: Arc::clone(&sandbox),
             events,
             registry: Arc::clone(&registry),
+            hooks: Hooks::new(
+                &Spec::default(),
+                "c",
+                Path::new("/b"),
+                HostMounts::current().unwrap(),
+            ),
         });
         registry.reserve("c").unwrap().fulfil(container.clone());
         Self {

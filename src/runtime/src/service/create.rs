@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::container::io::Stdio;
 use crate::container::{Actor, Command, Parts, Pause};
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::hooks::Hooks;
 use crate::sandbox::{Booting, GUEST_SHM, Plan, Sandbox, Share};
 use crate::spec::{self, Amended, Bind, Spec};
 use crate::{logging, paths};
@@ -51,10 +52,11 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         terminal: request.terminal,
     };
     let streams = stdio.open()?;
+    let hooks = Hooks::new(&spec, &request.id, bundle.path(), shim.host.clone());
     let sandbox = match &membership {
-        Membership::Sandbox(id) => pod(&shim, id, &request, &spec).await?,
+        Membership::Sandbox(id) => pod(&shim, id, &request, &spec, &hooks).await?,
         Membership::Single(_) | Membership::Member(_) => {
-            container(&shim, &membership, &request, &bundle, spec).await?
+            container(&shim, &membership, &request, &bundle, spec, &hooks).await?
         }
     };
     let pid = match &membership {
@@ -71,6 +73,7 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         owns_sandbox: !membership.is_member(),
         events: shim.events.clone(),
         registry: Arc::clone(&shim.registry),
+        hooks,
     };
     info!(container = request.id, "created");
     shim.events.publish(&TaskCreate {
@@ -100,10 +103,18 @@ async fn pod(
     id: &str,
     request: &CreateTaskRequest,
     spec: &Spec,
+    hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
     let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
     let plan = Plan::pod(spec, &config)?;
-    boot(shim, id, config, plan, |_| Ok(())).await
+    let sandbox = boot(shim, id, config, plan, |_| Ok(())).await?;
+    if let Err(error) = hooks.create(sandbox.pid()).await {
+        shim.abandon();
+        stop(&sandbox).await;
+        hooks.poststop().await;
+        return Err(error);
+    }
+    Ok(sandbox)
 }
 
 /// Makes a container in the guest: with a sandbox of its own, or in its pod's.
@@ -113,6 +124,7 @@ async fn container(
     request: &CreateTaskRequest,
     bundle: &Bundle,
     mut spec: Spec,
+    hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
     let rootfs = Rootfs::new(request, bundle, &spec);
     let (sandbox, amended) = if let Membership::Member(id) = membership {
@@ -131,8 +143,13 @@ async fn container(
         let sandbox = boot(shim, membership.id(), config, plan, mount).await?;
         (sandbox, amended)
     };
-    if let Err(error) = create_in_guest(&sandbox, request, spec, &amended).await {
+    let created = match hooks.create(sandbox.pid()).await {
+        Ok(()) => create_in_guest(&sandbox, request, spec, &amended).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = created {
         undo(shim, &sandbox, membership, &request.id).await;
+        hooks.poststop().await;
         return Err(error);
     }
     Ok(sandbox)

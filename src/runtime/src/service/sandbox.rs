@@ -4,6 +4,7 @@
 //! Its life is that of such a container, so the same actor lives it; only that nobody sees a task,
 //! and that no event of one is published.
 
+use std::path::Path;
 use std::process;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -34,7 +35,9 @@ use crate::container::io::Stdio;
 use crate::container::{Command, Exit, Parts, Pause, Snapshot, Status};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::events::Publisher;
+use crate::hooks::Hooks;
 use crate::sandbox::Plan;
+use crate::spec::Spec;
 
 /// Name of the pod's configuration on the wire.
 const POD_CONFIG: &str = "runtime.v1.PodSandboxConfig";
@@ -104,6 +107,12 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
     let plan = Plan::of_config(&pod, &request.netns_path, &config)?;
     let sandbox = create::boot(&shim, id, config, plan, |_| Ok(())).await?;
     let stdio = Stdio::default();
+    let hooks = Hooks::new(
+        &Spec::default(),
+        id,
+        Path::new(&request.bundle_path),
+        shim.host.clone(),
+    );
     shim.let_stand(Pause::spawn(Parts {
         id: id.clone(),
         bundle: request.bundle_path,
@@ -114,6 +123,7 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
         owns_sandbox: true,
         events: Publisher::to_nobody(),
         registry: Arc::clone(&shim.registry),
+        hooks,
     }));
     Ok(())
 }

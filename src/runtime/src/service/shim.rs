@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 use crate::container::{Handle, Registry};
 use crate::error::{Kind, Result, ShimError};
 use crate::events::Publisher;
+use crate::hooks::HostMounts;
 use crate::sandbox::Sandbox;
 
 /// How long an idle shim waits for containerd's last word.
@@ -22,6 +23,8 @@ pub(crate) struct Shim {
     pub(super) namespace: String,
     pub(super) registry: Arc<Registry>,
     pub(super) events: Publisher,
+    /// Where hooks run.
+    pub(super) host: HostMounts,
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     standing: Mutex<Option<Standing>>,
     shutdown: Notify,
@@ -35,11 +38,12 @@ pub(super) struct Standing {
 }
 
 impl Shim {
-    pub(crate) fn new(namespace: &str, events: Publisher) -> Self {
+    pub(crate) fn new(namespace: &str, events: Publisher, host: HostMounts) -> Self {
         Self {
             namespace: namespace.to_owned(),
             registry: Arc::default(),
             events,
+            host,
             sandbox: Mutex::default(),
             standing: Mutex::default(),
             shutdown: Notify::new(),

@@ -86,6 +86,8 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
         None => return Err(refused("process", "missing")),
     }
     hooks(&spec.hooks)?;
+    // What is left runs on the host.
+    spec.hooks = Hooks::default();
     let linux = &mut spec.linux;
     if !linux.mount_label.is_empty() {
         debug!(
@@ -189,19 +191,18 @@ pub(crate) fn resources(resources: &mut Resources) {
     }
 }
 
-/// Hooks run on the host, beside the runtime, or in the container. A runtime that doesn't run
-/// one must not run the container either.
+/// Some hooks run on the host, which the runtime sees to. Others run a program of the host in the
+/// container, where it isn't. A runtime that doesn't run one must not run the container either.
 fn hooks(hooks: &Hooks) -> Result<()> {
     let all = [
-        ("prestart", &hooks.prestart),
-        ("createRuntime", &hooks.create_runtime),
         ("createContainer", &hooks.create_container),
         ("startContainer", &hooks.start_container),
-        ("poststart", &hooks.poststart),
-        ("poststop", &hooks.poststop),
     ];
     match all.iter().find(|(_, hooks)| !hooks.is_empty()) {
-        Some((name, _)) => Err(refused(&format!("hooks.{name}"), "not supported")),
+        Some((name, _)) => Err(refused(
+            &format!("hooks.{name}"),
+            "a program of the host can't run in the guest",
+        )),
         None => Ok(()),
     }
 }

@@ -126,8 +126,8 @@ fn what_cannot_be_carried_is_refused_by_name() {
         ),
         (
             r#""annotations""#,
-            r#""hooks": {"prestart": [{"path": "/x"}]}, "annotations""#,
-            "hooks.prestart",
+            r#""hooks": {"startContainer": [{"path": "/x"}]}, "annotations""#,
+            "hooks.startContainer",
         ),
         (
             r#"{"type": "pid"}"#,

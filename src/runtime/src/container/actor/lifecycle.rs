@@ -134,7 +134,10 @@ impl Actor {
             let name = process.name.clone();
             info!(container = self.id, exec, "started");
             self.publish_start(exec);
-            if !exec.is_empty() {
+            if exec.is_empty() {
+                let (hooks, pid) = (self.hooks.clone(), self.pid);
+                tokio::spawn(async move { hooks.poststart(pid).await });
+            } else {
                 self.watch(&name);
             }
             answer(reply, Ok(self.pid));
@@ -264,6 +267,7 @@ impl Actor {
             Arc::clone(&self.sandbox),
             self.handle.clone(),
         );
+        let hooks = self.hooks.clone();
         tokio::spawn(async move {
             if let Some(pumps) = pumps {
                 pumps.drained().await;
@@ -278,6 +282,7 @@ impl Actor {
                     "not removed from the guest"
                 );
             }
+            hooks.poststop().await;
             let share = sandbox.share();
             let result = match spawn_blocking(move || share.remove(&id)).await {
                 Ok(result) => result,

@@ -32,6 +32,7 @@ use super::{Command, Exit, Handle, Registry, Reply, Snapshot};
 use crate::agent::{Agent, ProcessName};
 use crate::error::{Kind, Result, ShimError};
 use crate::events::Publisher;
+use crate::hooks::Hooks;
 use crate::sandbox::Sandbox;
 
 /// The exit status of a process whose end nobody saw: its machine is gone. containerd's own word
@@ -92,6 +93,7 @@ pub(crate) struct Parts {
     pub(crate) owns_sandbox: bool,
     pub(crate) events: Publisher,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) hooks: Hooks,
 }
 
 /// A container's actor.
@@ -104,6 +106,7 @@ pub(crate) struct Actor {
     owns_sandbox: bool,
     events: Publisher,
     registry: Arc<Registry>,
+    hooks: Hooks,
     handle: Handle,
     mailbox: mpsc::UnboundedReceiver<Command>,
     init: Process,
@@ -132,6 +135,7 @@ impl Actor {
             owns_sandbox: parts.owns_sandbox,
             events: parts.events,
             registry: parts.registry,
+            hooks: parts.hooks,
             handle: handle.clone(),
             mailbox,
             init,
