@@ -104,6 +104,8 @@ pub(crate) enum Command {
     },
     Update {
         resources: Box<oci::LinuxResources>,
+        /// CPUs of the host that it may run on; empty for no change.
+        cpus: String,
         reply: Reply<()>,
     },
     Stats {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A sandbox: one virtual machine, its agent, and the files that it shares with the guest.
 //!
-//! It is made with its first container: one that has it to itself, or the one that stands for a pod,
-//! and lives as long as that. Every object that it
-//! makes on the host is in the journal first.
+//! It is made with its first container: one that has it to itself, or the one that stands for a
+//! pod, and lives as long as that. Every object that it makes on the host is in the journal first.
 
 mod cmdline;
+mod cpus;
 pub(crate) mod journal;
 mod plan;
 mod share;
@@ -30,6 +30,8 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use self::cmdline::cmdline;
+use self::cpus::Cpus;
+pub(crate) use self::cpus::check_nodes;
 use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
@@ -59,6 +61,7 @@ pub(crate) struct Sandbox {
     agent: Agent,
     config: Config,
     plan: Plan,
+    cpus: Cpus,
     stopping: AtomicBool,
     journal: Mutex<Option<Journal>>,
 }
@@ -72,6 +75,7 @@ pub(crate) struct Booting {
     vm: Vm,
     config: Config,
     plan: Plan,
+    cpus: Cpus,
     journal: Journal,
     begun: Instant,
 }
@@ -81,6 +85,7 @@ impl Booting {
     ///
     /// On failure nothing is left behind.
     pub(crate) fn start(id: &str, name: &str, config: Config, plan: Plan) -> Result<Self> {
+        let cpus = Cpus::new()?;
         let mut journal = Journal::create(paths::journal(name))?;
         match Self::start_with(id, name, &config, &plan, &mut journal) {
             Ok((share, vm)) => Ok(Self {
@@ -90,6 +95,7 @@ impl Booting {
                 vm,
                 config,
                 plan,
+                cpus,
                 journal,
                 begun: Instant::now(),
             }),
@@ -188,6 +194,7 @@ impl Booting {
                     agent,
                     config: self.config,
                     plan: self.plan,
+                    cpus: self.cpus,
                     stopping: AtomicBool::new(false),
                     journal: Mutex::new(Some(self.journal)),
                 })
@@ -245,6 +252,7 @@ impl Sandbox {
             agent,
             config: Config::built_in(),
             plan: Plan::for_test(),
+            cpus: Cpus::new().unwrap(),
             stopping: AtomicBool::new(false),
             journal: Mutex::new(None),
         }
@@ -268,6 +276,18 @@ impl Sandbox {
 
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Holds the machine to CPUs of the host, for one of its containers.
+    pub(crate) fn assign_cpus(&self, container: &str, list: &str) -> Result<()> {
+        self.cpus.assign(self.pid(), container, list)
+    }
+
+    /// A container is gone: its CPUs don't count any more.
+    pub(crate) fn release_cpus(&self, container: &str) {
+        if let Err(error) = self.cpus.release(self.pid(), container) {
+            warn!(container, %error, "CPUs not released");
+        }
     }
 
     /// The machine's process.

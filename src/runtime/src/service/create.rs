@@ -143,10 +143,12 @@ async fn container(
         let sandbox = boot(shim, membership.id(), config, plan, mount).await?;
         (sandbox, amended)
     };
-    let created = match hooks.create(sandbox.pid()).await {
-        Ok(()) => create_in_guest(&sandbox, request, spec, &amended).await,
-        Err(error) => Err(error),
+    let created = async {
+        sandbox.assign_cpus(&request.id, &amended.cpus)?;
+        hooks.create(sandbox.pid()).await?;
+        create_in_guest(&sandbox, request, spec, &amended).await
     };
+    let created = created.await;
     if let Err(error) = created {
         undo(shim, &sandbox, membership, &request.id).await;
         hooks.poststop().await;
@@ -261,6 +263,7 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
             "not removed from the guest"
         );
     }
+    sandbox.release_cpus(id);
     let (share, container) = (sandbox.share(), id.to_owned());
     if let Err(error) = blocking(move || share.remove(&container)).await {
         warn!(container = id, error = error.chain(), "not all unmounted");

@@ -237,9 +237,14 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources = spec::read_any(request.resources.as_ref(), "resources")?;
-        let resources = Box::new(spec::resources(resources));
-        self.ask(&request.id, |reply| Command::Update { resources, reply })
-            .await?;
+        let (resources, cpus) = spec::resources(resources)?;
+        let resources = Box::new(resources);
+        let command = |reply| Command::Update {
+            resources,
+            cpus,
+            reply,
+        };
+        self.ask(&request.id, command).await?;
         Ok(Empty::new())
     }
 

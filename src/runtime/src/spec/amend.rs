@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 use super::model::{Device, Hooks, Mount, Namespace, Process, Resources, Seccomp, Spec};
 use crate::error::{Kind, Result, ShimError};
 use crate::mount::Tree;
+use crate::sandbox::check_nodes;
 
 /// File systems that a guest mounts as the specification says. All are the kernel's own; any
 /// other would be made from something of the host.
@@ -73,6 +74,8 @@ pub(crate) struct Amended {
     pub(crate) binds: Vec<Bind>,
     /// The container joins the pod's processes.
     pub(crate) shares_pids: bool,
+    /// CPUs of the host that it may run on, if it says; a list as in its specification.
+    pub(crate) cpus: String,
 }
 
 /// Amends all but the sources of bind mounts.
@@ -107,9 +110,10 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
     }
     linux.cgroups_path = guest_cgroup(&linux.cgroups_path);
     linux.devices = devices(mem::take(&mut linux.devices), linux.resources.as_ref())?;
-    if let Some(resources) = &mut linux.resources {
-        self::resources(resources);
-    }
+    let cpus = match &mut linux.resources {
+        Some(resources) => take_cpus(resources)?,
+        None => String::new(),
+    };
     match &linux.seccomp {
         Some(profile) if place.seccomp => self::seccomp(profile)?,
         Some(_) => {
@@ -125,7 +129,11 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
             None => binds.extend(bind(index, mount)?),
         }
     }
-    Ok(Amended { binds, shares_pids })
+    Ok(Amended {
+        binds,
+        shares_pids,
+        cpus,
+    })
 }
 
 impl Pod<'_> {
@@ -175,20 +183,14 @@ pub(crate) fn amend_process(process: &mut Process) -> Result<()> {
     Ok(())
 }
 
-/// CPUs and memory nodes are numbered by the host. Where the machine's threads run is the
-/// sandbox's own cgroup's business.
-pub(crate) fn resources(resources: &mut Resources) {
-    if let Some(cpu) = &mut resources.cpu
-        && !(cpu.cpus.is_empty() && cpu.mems.is_empty())
-    {
-        warn!(
-            cpus = cpu.cpus,
-            mems = cpu.mems,
-            "cpuset names CPUs of the host: not applied"
-        );
-        cpu.cpus.clear();
-        cpu.mems.clear();
-    }
+/// CPUs and memory nodes are numbered by the host: the machine is held to the CPUs, not the
+/// container in it.
+pub(crate) fn take_cpus(resources: &mut Resources) -> Result<String> {
+    let Some(cpu) = &mut resources.cpu else {
+        return Ok(String::new());
+    };
+    check_nodes(&mem::take(&mut cpu.mems))?;
+    Ok(mem::take(&mut cpu.cpus))
 }
 
 /// Some hooks run on the host, which the runtime sees to. Others run a program of the host in the

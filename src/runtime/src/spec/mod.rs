@@ -27,10 +27,10 @@ pub(crate) fn read_any<T: DeserializeOwned>(any: Option<&Any>, what: &str) -> Re
     serde_json::from_slice(&any.value).context(Kind::InvalidArgument, || what.to_owned())
 }
 
-/// Resources for a running container.
-pub(crate) fn resources(mut resources: Resources) -> oci::LinuxResources {
-    amend::resources(&mut resources);
-    resources.into()
+/// Resources for a running container, and the CPUs of the host that it may run on, if they say.
+pub(crate) fn resources(mut resources: Resources) -> Result<(oci::LinuxResources, String)> {
+    let cpus = amend::take_cpus(&mut resources)?;
+    Ok((resources.into(), cpus))
 }
 
 #[cfg(test)]

@@ -205,7 +205,11 @@ impl Actor {
             }
             Command::Pause { reply } => self.pause(reply),
             Command::Resume { reply } => self.resume(reply),
-            Command::Update { resources, reply } => self.update(*resources, reply),
+            Command::Update {
+                resources,
+                cpus,
+                reply,
+            } => self.update(*resources, &cpus, reply),
             Command::Stats { reply } => self.stats(reply),
             Command::OutOfMemory => self.events.publish(&TaskOOM {
                 container_id: self.id.clone(),

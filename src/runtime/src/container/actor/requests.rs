@@ -115,7 +115,12 @@ impl Actor {
         });
     }
 
-    pub(super) fn update(&self, resources: oci::LinuxResources, reply: Reply<()>) {
+    pub(super) fn update(&self, resources: oci::LinuxResources, cpus: &str, reply: Reply<()>) {
+        if !cpus.is_empty()
+            && let Err(error) = self.sandbox.assign_cpus(&self.id, cpus)
+        {
+            return answer(reply, Err(error));
+        }
         let id = self.id.clone();
         self.call(|agent| async move { answer(reply, agent.update(&id, resources).await) });
     }
