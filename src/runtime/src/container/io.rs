@@ -30,11 +30,13 @@ use crate::error::{Context, Kind, Result, ShimError};
 
 /// How much one call carries. A pipe holds as much.
 const CHUNK: u32 = 64 * 1024;
-/// After the process's end: how long a stream may be silent before it is given up. The agent ends
-/// it within half a second; this is for one that doesn't.
-const QUIET: Duration = Duration::from_secs(2);
+/// After the process's end: how long the agent may take for an answer. It ends a stream by itself
+/// half a second after the end, once what the pipe holds is read; this is for one that doesn't.
+const QUIET: Duration = Duration::from_secs(30);
+/// After the process's end: how long a client may leave the output where it is.
+const STUCK: Duration = Duration::from_secs(10);
 /// After the process's end: how long all that is left may take.
-const DRAIN: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(60);
 
 /// Where a process's streams go, as containerd names them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -270,7 +272,12 @@ async fn pump_output(
             match data {
                 Ok(data) if data.is_empty() => break,
                 Ok(data) => {
-                    if let Err(error) = sink.write_all(&data).await {
+                    let written = select! {
+                        biased;
+                        written = sink.write_all(&data) => written,
+                        () = after_exit(STUCK) => Err(io::ErrorKind::TimedOut.into()),
+                    };
+                    if let Err(error) = written {
                         debug!(?process, ?stream, %error, "output has nowhere to go");
                         sink = Sink::Discard;
                     }
