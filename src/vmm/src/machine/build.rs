@@ -18,9 +18,10 @@ use crate::arch::x86_64::kernel::Kernel;
 use crate::arch::x86_64::vcpu::CpuModel;
 use crate::arch::x86_64::{layout, pvh};
 use crate::bus::{Bus, BusDevice};
-use crate::control::{Boot, Console, ExitReason, FileIndex, FsCache, Milestone, VmConfig};
+use crate::control::{Boot, Console, ExitReason, FileIndex, FsCache, Milestone, Net, VmConfig};
 use crate::devices::virtio::block::BlockDevice;
 use crate::devices::virtio::fs::{Fs, FsConfig, open_file_quota};
+use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::devices::virtio::rng::RngDevice;
 use crate::devices::virtio::vsock::{ConnectionSink, Vsock};
 use crate::devices::virtio::{GuestMemory, VirtioDevice, VirtioPciFunction};
@@ -158,8 +159,8 @@ fn devices(
         })?;
         devices.push((format!("block {}", block.id), Box::new(device)));
     }
-    if let Some(net) = config.nets.first() {
-        return Err(MachineError::Net(net.id.clone()));
+    for net in &config.nets {
+        devices.push(net_device(net, files)?);
     }
     let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
     for filesystem in &config.filesystems {
@@ -189,6 +190,24 @@ fn devices(
         devices.push(("rng".to_owned(), Box::new(RngDevice::new())));
     }
     Ok(devices)
+}
+
+fn net_device(net: &Net, files: &mut Files) -> Result<Named, MachineError> {
+    let mut take = |indices: &[FileIndex]| -> Result<Vec<OwnedFd>, MachineError> {
+        indices.iter().map(|index| files.take(*index)).collect()
+    };
+    let config = NetConfig {
+        id: net.id.clone(),
+        mac: net.mac,
+        mtu: net.mtu,
+        taps: take(&net.queues)?,
+        vhost: take(&net.vhost)?,
+    };
+    let device = NetDevice::new(config).map_err(|source| MachineError::Net {
+        id: net.id.clone(),
+        source,
+    })?;
+    Ok((format!("net {}", net.id), Box::new(device)))
 }
 
 /// The bus with a device in each slot.

@@ -25,6 +25,7 @@ use crate::devices::SerialPort;
 use crate::devices::virtio::VirtioPciFunction;
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::fs::FsError;
+use crate::devices::virtio::net::NetError;
 use crate::kvm::{Vm, VmError};
 use crate::memory::{MemoryError, PlaceError};
 use vcpu::Vcpus;
@@ -90,8 +91,14 @@ pub enum MachineError {
         source: BlockError,
     },
     /// A network device is not usable.
-    #[error("can't use network device {0}: this VMM has none")]
-    Net(String),
+    #[error("can't use network device {id}")]
+    Net {
+        /// Its name.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: NetError,
+    },
     /// A file system is not usable.
     #[error("can't share a file system")]
     Filesystem(#[from] FsError),

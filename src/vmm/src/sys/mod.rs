@@ -5,4 +5,5 @@
 pub(crate) mod kvm;
 pub(crate) mod mmap;
 pub(crate) mod process;
+pub(crate) mod tap;
 pub(crate) mod vectored;

@@ -68,6 +68,43 @@ pub(crate) fn write_at_with(
     })
 }
 
+/// Reads from a descriptor that has no position, such as a tap, into the buffers; returns the bytes
+/// read.
+pub(crate) fn read(file: &impl AsRawFd, buffers: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let vectors: Vec<_> = guards
+        .iter()
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast(),
+            iov_len: guard.len(),
+        })
+        .collect();
+    let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
+    retry(|| {
+        // SAFETY: each vector is memory that `buffers` keeps mapped for the call; the kernel
+        // writes bytes only, and nothing holds a reference to them.
+        unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), count) }
+    })
+}
+
+/// Writes the buffers to a descriptor that has no position; returns the bytes written.
+pub(crate) fn write(file: &impl AsRawFd, buffers: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard).collect();
+    let vectors: Vec<_> = guards
+        .iter()
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast_mut().cast(),
+            iov_len: guard.len(),
+        })
+        .collect();
+    let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
+    retry(|| {
+        // SAFETY: each vector is memory that `buffers` keeps mapped for the call; the kernel only
+        // reads from it.
+        unsafe { libc::writev(file.as_raw_fd(), vectors.as_ptr(), count) }
+    })
+}
+
 /// Sends the buffers on a socket, without waiting and without SIGPIPE; returns the bytes sent.
 pub(crate) fn send(socket: &impl AsRawFd, buffers: &[VolatileSlice<'_>]) -> io::Result<usize> {
     let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard).collect();

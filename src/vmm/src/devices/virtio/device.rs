@@ -11,9 +11,9 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
+
+use super::ActiveQueue;
 
 /// The guest's memory: cheap to clone; `memory()` gives a snapshot of the current regions.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -84,77 +84,6 @@ pub enum DeviceFault {
     },
 }
 
-/// One queue of an activated device: frozen by the transport, owned by the device's worker.
-#[derive(Debug)]
-pub struct ActiveQueue {
-    /// Its index among the device's queues.
-    pub index: u16,
-    /// Ring addresses and positions, validated when the driver enabled the queue.
-    pub queue: Queue,
-    /// Readable when the driver has made buffers available.
-    pub kick: EventFd,
-}
-
-impl ActiveQueue {
-    /// Serves the chains that the driver has made available, a queue's size of them at most, and
-    /// interrupts the driver if it wants to know. `serve` returns the bytes it wrote.
-    ///
-    /// Reads the kick first, so call it when the kick is readable. If chains may be left, it
-    /// kicks itself: the worker sees its other events in between.
-    ///
-    /// # Errors
-    /// The ring is broken, `serve` failed, or the interrupt could not be raised.
-    pub fn serve<F>(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        interrupt: &dyn Interrupt,
-        mut serve: F,
-    ) -> Result<(), DeviceFault>
-    where
-        F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
-    {
-        // Nothing to read is fine: an earlier call has served what the kick was for.
-        let _ = self.kick.read();
-        let mut budget = self.queue.size();
-        let mut served = false;
-        loop {
-            self.queue_op(|queue| queue.disable_notification(memory))?;
-            while budget > 0 {
-                let next = self.queue_op(|queue| Ok(queue.iter(memory)?.next()))?;
-                let Some(chain) = next else { break };
-                let head = chain.head_index();
-                let written = serve(chain)?;
-                self.queue_op(|queue| queue.add_used(memory, head, written))?;
-                served = true;
-                budget = budget.saturating_sub(1);
-            }
-            let more = self.queue_op(|queue| queue.enable_notification(memory))?;
-            if !more || budget == 0 {
-                break;
-            }
-        }
-        if budget == 0 {
-            let what = "can't kick the queue again";
-            let again = self.kick.write(1);
-            again.map_err(|source| DeviceFault::Host { what, source })?;
-        }
-        if served && self.queue_op(|queue| queue.needs_notification(memory))? {
-            let what = "can't interrupt the driver";
-            let signal = interrupt.signal_queue(self.index);
-            signal.map_err(|source| DeviceFault::Host { what, source })?;
-        }
-        Ok(())
-    }
-
-    fn queue_op<T>(
-        &mut self,
-        operation: impl FnOnce(&mut Queue) -> Result<T, virtio_queue::Error>,
-    ) -> Result<T, DeviceFault> {
-        let queue = self.index;
-        operation(&mut self.queue).map_err(|source| DeviceFault::Queue { queue, source })
-    }
-}
-
 /// Everything that a device needs to run, handed over at DRIVER_OK.
 #[derive(Debug)]
 pub struct Activation {
@@ -166,6 +95,22 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// How to interrupt the driver.
     pub interrupt: Arc<dyn Interrupt>,
+}
+
+impl Activation {
+    /// The queues of a device that needs exactly `N`.
+    ///
+    /// # Errors
+    /// The driver enabled another number.
+    pub fn take_queues<const N: usize>(&mut self) -> Result<[ActiveQueue; N], ActivateError> {
+        let queues = std::mem::take(&mut self.queues);
+        queues
+            .try_into()
+            .map_err(|queues: Vec<_>| ActivateError::QueueCount {
+                expected: N,
+                enabled: queues.len(),
+            })
+    }
 }
 
 /// Why a device could not start; the transport sets DEVICE_NEEDS_RESET and the VM goes on.
@@ -182,6 +127,15 @@ pub enum ActivateError {
     /// The worker could not be set up.
     #[error("can't start the device's worker")]
     Worker(#[source] io::Error),
+}
+
+/// Reads `config`, a device's configuration, at `offset`; bytes past its end read as zero.
+pub fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    data.fill(0);
+    for (to, from) in data.iter_mut().zip(config.iter().skip(start)) {
+        *to = *from;
+    }
 }
 
 /// A virtio device behind a transport.

@@ -4,14 +4,17 @@
 pub mod block;
 mod device;
 pub mod fs;
+pub mod net;
 mod pci;
+mod queue;
 pub mod rng;
 pub mod vsock;
 mod worker;
 
 pub use device::{
-    ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, GuestMemory, Interrupt,
-    VirtioDevice,
+    ActivateError, Activation, DeviceFault, DeviceType, GuestMemory, Interrupt, VirtioDevice,
+    read_config,
 };
 pub use pci::VirtioPciFunction;
+pub use queue::ActiveQueue;
 pub use worker::{EventHandler, Poller, Worker};

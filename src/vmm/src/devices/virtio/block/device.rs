@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::request::{Disk, SECTOR, SERIAL_LEN};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, EventHandler, GuestMemory,
-    Interrupt, Poller, VirtioDevice, Worker,
+    Interrupt, Poller, VirtioDevice, Worker, read_config,
 };
 use crate::sys::vectored;
 
@@ -105,22 +105,11 @@ impl VirtioDevice for BlockDevice {
                 *to = *from;
             }
         }
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(config.iter().skip(start)) {
-            *to = *from;
-        }
+        read_config(&config, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut queues = activation.queues;
-        let enabled = queues.len();
-        let Some(queue) = queues.pop().filter(|_| enabled == 1) else {
-            return Err(ActivateError::QueueCount {
-                expected: 1,
-                enabled,
-            });
-        };
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = activation.take_queues()?;
         let handler = Handler {
             disk: Arc::clone(&self.disk),
             memory: activation.memory,
@@ -151,7 +140,7 @@ struct Handler {
 
 impl EventHandler for Handler {
     fn register(&mut self, poller: &Poller) -> io::Result<()> {
-        poller.add(&self.queue.kick, QUEUE, EventSet::IN)
+        poller.add(self.queue.kick(), QUEUE, EventSet::IN)
     }
 
     fn handle(&mut self, _: &Poller, _token: u64, _: EventSet) -> Result<(), DeviceFault> {

@@ -10,7 +10,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
 use super::pool;
-use crate::devices::virtio::{ActivateError, Activation, DeviceType, VirtioDevice, Worker};
+use crate::devices::virtio::{
+    ActivateError, Activation, DeviceType, VirtioDevice, Worker, read_config,
+};
 
 /// High-priority and request queue. Linux fits its largest request to the request queue's size: a
 /// page a descriptor and four for headers, so this allows 1 MiB.
@@ -93,12 +95,8 @@ impl Fs {
         })
     }
 
-    fn start(&self, activation: Activation) -> Result<Vec<Worker>, ActivateError> {
-        let enabled = activation.queues.len();
-        let expected = QUEUE_SIZES.len();
-        let Ok([high_priority, requests]) = <[_; 2]>::try_from(activation.queues) else {
-            return Err(ActivateError::QueueCount { expected, enabled });
-        };
+    fn start(&self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
+        let [high_priority, requests] = activation.take_queues()?;
         let start = |threads, queue| {
             let interrupt = &activation.interrupt;
             pool::start(threads, queue, &activation.memory, interrupt, &self.server)
@@ -124,14 +122,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = self.config.get(start..).unwrap_or_default();
-        for (to, from) in data
-            .iter_mut()
-            .zip(bytes.iter().chain(std::iter::repeat(&0)))
-        {
-            *to = *from;
-        }
+        read_config(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuse_server::Server;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,7 +20,6 @@ const KICK: u64 = 0;
 /// A queue and those who serve it.
 #[derive(Debug)]
 struct Shared {
-    index: u16,
     kick: EventFd,
     ring: Mutex<Ring>,
     memory: GuestMemory,
@@ -31,7 +30,7 @@ struct Shared {
 /// What the lock is about.
 #[derive(Debug)]
 struct Ring {
-    queue: Queue,
+    queue: ActiveQueue,
     /// Threads that wait for a kick.
     idle: usize,
 }
@@ -47,12 +46,11 @@ pub(super) fn start(
     interrupt: &Arc<dyn Interrupt>,
     server: &Arc<Server>,
 ) -> io::Result<Vec<Worker>> {
-    let name = format!("fs{}", active.index);
+    let name = format!("fs{}", active.index());
     let shared = Arc::new(Shared {
-        index: active.index,
-        kick: active.kick,
+        kick: active.kick().try_clone()?,
         ring: Mutex::new(Ring {
-            queue: active.queue,
+            queue: active,
             idle: threads,
         }),
         memory: memory.clone(),
@@ -104,15 +102,15 @@ impl Handler {
         memory: &GuestMemoryMmap,
         mut ring: MutexGuard<'s, Ring>,
     ) -> Result<(), DeviceFault> {
-        for _ in 0..ring.queue.size() {
-            let Some(chain) = shared.pop(&mut ring, memory)? else {
+        for _ in 0..ring.queue.rings().size() {
+            let Some(chain) = Shared::pop(&mut ring, memory)? else {
                 // Under the lock that saw the queue empty and armed: whoever comes next knows that
                 // this thread is to be woken.
                 ring.idle = ring.idle.saturating_add(1);
                 return Ok(());
             };
             let head = chain.head_index();
-            if ring.idle > 0 && shared.arm(&mut ring, memory)? {
+            if ring.idle > 0 && ring.queue.arm(memory)? {
                 // More has come: for the next thread, in case this request takes long.
                 shared.wake()?;
             }
@@ -142,26 +140,17 @@ impl Shared {
 
     /// Takes the next chain; if there is none, the driver will kick for the next one.
     fn pop<'m>(
-        &self,
         ring: &mut Ring,
         memory: &'m GuestMemoryMmap,
     ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceFault> {
         loop {
-            let chain = ring.queue.iter(memory).map(|mut chains| chains.next());
-            if let Some(chain) = chain.map_err(|source| self.fault(source))? {
+            if let Some(chain) = ring.queue.pop(memory)? {
                 return Ok(Some(chain));
             }
-            if !self.arm(ring, memory)? {
+            if !ring.queue.arm(memory)? {
                 return Ok(None);
             }
         }
-    }
-
-    /// Asks the driver to kick; true if it has made chains available meanwhile.
-    fn arm(&self, ring: &mut Ring, memory: &GuestMemoryMmap) -> Result<bool, DeviceFault> {
-        ring.queue
-            .enable_notification(memory)
-            .map_err(|source| self.fault(source))
     }
 
     /// Wakes a thread as a kick would.
@@ -179,22 +168,7 @@ impl Shared {
         written: usize,
     ) -> Result<(), DeviceFault> {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
-        ring.queue
-            .add_used(memory, head, written)
-            .map_err(|source| self.fault(source))?;
-        let needed = ring.queue.needs_notification(memory);
-        if needed.map_err(|source| self.fault(source))? {
-            let what = "can't interrupt the driver";
-            let signal = self.interrupt.signal_queue(self.index);
-            signal.map_err(|source| DeviceFault::Host { what, source })?;
-        }
-        Ok(())
-    }
-
-    fn fault(&self, source: virtio_queue::Error) -> DeviceFault {
-        DeviceFault::Queue {
-            queue: self.index,
-            source,
-        }
+        ring.queue.complete(memory, head, written)?;
+        ring.queue.signal(memory, &*self.interrupt)
     }
 }

@@ -91,7 +91,7 @@ impl Driver {
             queue.set_event_idx(true);
             queue.set_ready(true);
             let kick = kick.try_clone().unwrap();
-            ActiveQueue { index, queue, kick }
+            ActiveQueue::new(index, queue, kick)
         };
         let quiet = EventFd::new(EFD_NONBLOCK).unwrap();
         let activation = Activation {

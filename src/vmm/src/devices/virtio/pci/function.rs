@@ -178,7 +178,7 @@ impl VirtioPciFunction {
             let kick = kick.ok_or(BadQueue(index))?.map_err(StartError::Host)?;
             // A kick from before the last reset means nothing to this life of the device.
             let _ = kick.read();
-            queues.push(ActiveQueue { index, queue, kick });
+            queues.push(ActiveQueue::new(index, queue, kick));
         }
         let config_vector = state.common.config_vector();
         self.signal

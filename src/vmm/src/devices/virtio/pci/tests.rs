@@ -179,8 +179,8 @@ fn a_started_device_has_its_queues_bells_and_interrupts() {
         let activation = driver.seen.activation.lock().unwrap();
         let activation = activation.as_ref().unwrap();
         assert_eq!(activation.queues.len(), 1);
-        assert_eq!(activation.queues[0].index, 1);
-        assert_eq!(activation.queues[0].queue.size(), 64);
+        assert_eq!(activation.queues[0].index(), 1);
+        assert_eq!(activation.queues[0].rings().size(), 64);
     }
     let bells = [DoorbellAddress::Port(0x1000), DoorbellAddress::Port(0x1004)];
     assert_eq!(*driver.bells.0.lock().unwrap(), bells);

@@ -52,15 +52,8 @@ impl VirtioDevice for RngDevice {
         data.fill(0);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut queues = activation.queues;
-        let enabled = queues.len();
-        let Some(queue) = queues.pop().filter(|_| enabled == 1) else {
-            return Err(ActivateError::QueueCount {
-                expected: 1,
-                enabled,
-            });
-        };
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = activation.take_queues()?;
         let handler = Handler {
             memory: activation.memory,
             queue,
@@ -85,7 +78,7 @@ struct Handler {
 
 impl EventHandler for Handler {
     fn register(&mut self, poller: &Poller) -> io::Result<()> {
-        poller.add(&self.queue.kick, QUEUE, EventSet::IN)
+        poller.add(self.queue.kick(), QUEUE, EventSet::IN)
     }
 
     fn handle(&mut self, _: &Poller, _token: u64, _: EventSet) -> Result<(), DeviceFault> {

@@ -11,9 +11,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::ConnectionSink;
 use super::handler::{Handler, Queues};
 use super::muxer::Muxer;
-use super::queues::VirtQueue;
 use crate::devices::virtio::{
     ActivateError, Activation, DeviceType, GuestMemory, Interrupt, VirtioDevice, Worker,
+    read_config,
 };
 
 /// Receive, transmit, event. Linux keeps the receive queue full of 4 KiB buffers: this is half a
@@ -60,16 +60,12 @@ impl Vsock {
         }
     }
 
-    fn start(&self, activation: Activation) -> Result<Running, ActivateError> {
-        let enabled = activation.queues.len();
-        let expected = QUEUE_SIZES.len();
-        let Ok([receive, transmit, event]) = <[_; 3]>::try_from(activation.queues) else {
-            return Err(ActivateError::QueueCount { expected, enabled });
-        };
+    fn start(&self, mut activation: Activation) -> Result<Running, ActivateError> {
+        let [receive, transmit, event] = activation.take_queues()?;
         let queues = Queues {
-            receive: VirtQueue::new(receive),
-            transmit: VirtQueue::new(transmit),
-            event: VirtQueue::new(event),
+            receive,
+            transmit,
+            event,
         };
         self.spawn(queues, activation.memory, activation.interrupt)
             .map_err(ActivateError::Worker)
@@ -110,15 +106,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = u64::from(self.guest_cid).to_le_bytes();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = config.get(start..).unwrap_or_default();
-        for (to, from) in data
-            .iter_mut()
-            .zip(bytes.iter().chain(std::iter::repeat(&0)))
-        {
-            *to = *from;
-        }
+        read_config(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::muxer::Muxer;
 use super::packet::{Buffers, Header, Packet};
-use super::queues::{Receiver, VirtQueue};
+use super::queues::Receiver;
 use super::test_driver::{Driver, Sink, from_guest};
 use crate::devices::virtio::Poller;
 
@@ -67,8 +67,8 @@ pub fn guest_packets(bytes: &[u8]) {
     let mut muxer = Muxer::new(3, listener, Arc::clone(&sink) as _);
     let poller = Poller::new().expect("an epoll set");
     let memory = driver.memory.clone();
-    let mut receive = VirtQueue::new(driver.receive.active());
-    let mut transmit = VirtQueue::new(driver.transmit.active());
+    let mut receive = driver.receive.active();
+    let mut transmit = driver.transmit.active();
     let mut hosts: Vec<UnixStream> = Vec::new();
     driver.offer_buffers();
     while !input.0.is_empty() {

@@ -16,8 +16,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::muxer::{Filled, LISTENER, Muxer};
 use super::packet::{Buffers, Packet};
-use super::queues::{Receiver, VirtQueue};
-use crate::devices::virtio::{DeviceFault, EventHandler, GuestMemory, Interrupt, Poller};
+use super::queues::Receiver;
+use crate::devices::virtio::{
+    ActiveQueue, DeviceFault, EventHandler, GuestMemory, Interrupt, Poller,
+};
 
 /// The most packets of the guest taken between two looks at what else there is to do.
 const MAX_PACKETS: usize = 128;
@@ -39,9 +41,9 @@ const DEADLINE: u64 = 5;
 /// The device's queues, in the order of section 5.10.2.
 #[derive(Debug)]
 pub(super) struct Queues {
-    pub(super) receive: VirtQueue,
-    pub(super) transmit: VirtQueue,
-    pub(super) event: VirtQueue,
+    pub(super) receive: ActiveQueue,
+    pub(super) transmit: ActiveQueue,
+    pub(super) event: ActiveQueue,
 }
 
 /// All that the worker owns.
@@ -216,12 +218,12 @@ impl EventHandler for Handler {
 
     fn handle(&mut self, poller: &Poller, token: u64, events: EventSet) -> Result<(), DeviceFault> {
         match token {
-            RECEIVE_KICK => drain(self.queues.receive.kick()),
+            RECEIVE_KICK => self.queues.receive.forget_kicks(),
             TRANSMIT_KICK => {
-                drain(self.queues.transmit.kick());
+                self.queues.transmit.forget_kicks();
                 self.packets_wait = true;
             }
-            EVENT_KICK => drain(self.queues.event.kick()),
+            EVENT_KICK => self.queues.event.forget_kicks(),
             RESET_TRANSPORT => {
                 drain(&self.reset_transport);
                 self.muxer.drop_streams();

@@ -1,110 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the device needs of its virtqueues.
+//! The receive queue as the place where packets to the guest go.
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::packet::{Buffers, HEADER_LEN, Header};
-use crate::devices::virtio::{ActiveQueue, DeviceFault, Interrupt};
-
-/// One of the device's queues.
-#[derive(Debug)]
-pub(super) struct VirtQueue {
-    index: u16,
-    queue: Queue,
-    kick: EventFd,
-    /// Whether buffers went back to the driver since it was last told.
-    completed: bool,
-}
-
-impl VirtQueue {
-    pub(super) fn new(active: ActiveQueue) -> Self {
-        Self {
-            index: active.index,
-            queue: active.queue,
-            kick: active.kick,
-            completed: false,
-        }
-    }
-
-    /// Readable when the driver made buffers available.
-    pub(super) fn kick(&self) -> &EventFd {
-        &self.kick
-    }
-
-    /// Takes the next chain that the driver made available.
-    pub(super) fn pop<'m>(
-        &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, DeviceFault> {
-        match self.queue.iter(memory) {
-            Ok(mut chains) => Ok(chains.next()),
-            Err(source) => Err(self.fault(source)),
-        }
-    }
-
-    /// Puts the last `count` popped chains back.
-    pub(super) fn unpop(&mut self, count: usize) {
-        for _ in 0..count {
-            self.queue.go_to_previous_position();
-        }
-    }
-
-    /// Gives a chain back to the driver, with `len` bytes written to it.
-    pub(super) fn complete(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        head: u16,
-        len: u32,
-    ) -> Result<(), DeviceFault> {
-        self.completed = true;
-        self.queue
-            .add_used(memory, head, len)
-            .map_err(|source| self.fault(source))
-    }
-
-    /// Asks the driver to kick; true if it has made buffers available meanwhile.
-    pub(super) fn arm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, DeviceFault> {
-        self.queue
-            .enable_notification(memory)
-            .map_err(|source| self.fault(source))
-    }
-
-    /// Interrupts the driver if it has got buffers back and wants to know.
-    pub(super) fn signal(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        interrupt: &dyn Interrupt,
-    ) -> Result<(), DeviceFault> {
-        if !std::mem::take(&mut self.completed) {
-            return Ok(());
-        }
-        let needed = self
-            .queue
-            .needs_notification(memory)
-            .map_err(|source| self.fault(source))?;
-        if !needed {
-            return Ok(());
-        }
-        let what = "can't interrupt the driver";
-        interrupt
-            .signal_queue(self.index)
-            .map_err(|source| DeviceFault::Host { what, source })
-    }
-
-    fn fault(&self, source: virtio_queue::Error) -> DeviceFault {
-        DeviceFault::Queue {
-            queue: self.index,
-            source,
-        }
-    }
-}
+use crate::devices::virtio::{ActiveQueue, DeviceFault};
 
 /// The receive queue while it is being filled: where packets to the guest go.
 #[derive(Debug)]
 pub(super) struct Receiver<'q, 'm> {
-    queue: &'q mut VirtQueue,
+    queue: &'q mut ActiveQueue,
     memory: &'m GuestMemoryMmap,
 }
 
@@ -129,7 +34,7 @@ impl<'m> ReceiveBuffer<'m> {
 }
 
 impl<'q, 'm> Receiver<'q, 'm> {
-    pub(super) fn new(queue: &'q mut VirtQueue, memory: &'m GuestMemoryMmap) -> Self {
+    pub(super) fn new(queue: &'q mut ActiveQueue, memory: &'m GuestMemoryMmap) -> Self {
         Self { queue, memory }
     }
 

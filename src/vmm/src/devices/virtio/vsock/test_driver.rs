@@ -66,11 +66,7 @@ impl Ring {
         queue.set_used_ring_address(low(Self::USED), Some(0));
         queue.set_event_idx(true);
         queue.set_ready(true);
-        ActiveQueue {
-            index: self.index,
-            queue,
-            kick: self.kick.try_clone().unwrap(),
-        }
+        ActiveQueue::new(self.index, queue, self.kick.try_clone().unwrap())
     }
 
     fn buffer(&self, id: u16) -> GuestAddress {

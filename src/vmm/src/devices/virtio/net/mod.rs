@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//! virtio-net (virtio 1.2, section 5.1): a network card whose cable is a tap of the host.
+//!
+//! Each pair of queues has a tap descriptor and a worker of its own. Packets go between tap and
+//! guest memory with no copy between; checksums and segmentation are left to whoever comes last.
+
+mod control;
+mod device;
+mod pair;
+mod receive;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod transmit;
+
+pub use device::{NetConfig, NetDevice, NetError};
+
+/// Bytes of `struct virtio_net_hdr_v1`, which comes before each packet (section 5.1.6).
+const HEADER_LEN: usize = 12;
+
+/// The most bytes of a packet with its header: 64 KiB, as segmentation offload makes them, behind
+/// an Ethernet header with a VLAN tag.
+const MAX_PACKET: usize = HEADER_LEN + 18 + 65536;
