@@ -7,11 +7,11 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::system::{RebootCommand, reboot};
+use tests::machine::{POWER_OFF, READY};
+use tests::pattern::{Digest, Pattern, read_line};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::stream::{
-    DIAL, Digest, ECHO, FLOOD, PIPE_BROKE, POWER_OFF, Pattern, READY, SINK, SOURCE, read_line,
-};
+use crate::stream::{DIAL, ECHO, FLOOD, PIPE_BROKE, SINK, SOURCE};
 
 type Service = fn(VsockStream) -> Result<()>;
 

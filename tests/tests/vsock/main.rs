@@ -6,7 +6,6 @@
 //! The scenarios share one machine, in order, as a pod's life would have them.
 
 mod guest;
-mod machine;
 mod scenarios;
 mod stream;
 
@@ -15,8 +14,7 @@ use std::time::Instant;
 use std::{env, process};
 
 use anyhow::{Context, Result};
-
-use machine::Machine;
+use tests::machine::{Machine, Setup};
 
 /// What a run is asked for; other arguments of test programs are of no use here.
 #[derive(Debug, Default)]
@@ -62,7 +60,10 @@ fn parse(arguments: Vec<String>) -> Arguments {
 /// Whether all scenarios passed.
 fn suite(arguments: &Arguments) -> Result<bool> {
     let begin = Instant::now();
-    let mut machine = Machine::start(arguments.console)?;
+    let mut machine = Machine::start(Setup {
+        console: arguments.console,
+        ..Setup::default()
+    })?;
     println!("guest ready after {:.1} s", begin.elapsed().as_secs_f64());
     let mut failed = Vec::new();
     let chosen = |name: &str| {

@@ -7,11 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use tests::machine::Machine;
+use tests::pattern::{Digest, Pattern, read_line};
 
-use crate::machine::Machine;
-use crate::stream::{
-    DIAL, Digest, ECHO, FLOOD, NOBODY, PIPE_BROKE, Pattern, SINK, SOURCE, read_line,
-};
+use crate::stream::{DIAL, ECHO, FLOOD, NOBODY, PIPE_BROKE, SINK, SOURCE};
 
 type Scenario = fn(&Machine) -> Result<()>;
 

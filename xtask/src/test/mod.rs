@@ -112,6 +112,12 @@ const SUITES: &[Suite] = &[
         place: Place::DevVmStatic,
     },
     Suite {
+        name: "net",
+        about: "packets between host and guest, on machines of its own",
+        quick: false,
+        place: Place::DevVmStatic,
+    },
+    Suite {
         name: "ctr",
         about: "containers through containerd's ctr",
         quick: false,

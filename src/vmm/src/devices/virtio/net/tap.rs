@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -48,6 +49,8 @@ const HOST_OFFLOADS: [u32; 4] = [
 #[derive(Debug)]
 pub(super) struct Tap {
     file: File,
+    /// Whether the interface hands it packets; the kernel refuses to say it twice.
+    attached: AtomicBool,
 }
 
 impl Tap {
@@ -68,7 +71,10 @@ impl Tap {
             source: source.into(),
         };
         rustix::io::ioctl_fionbio(&fd, true).map_err(failed)?;
-        Ok(Self { file: fd.into() })
+        Ok(Self {
+            file: fd.into(),
+            attached: AtomicBool::new(true),
+        })
     }
 
     /// The descriptor that packets are read from and written to.
@@ -123,7 +129,11 @@ impl Tap {
 
     /// Whether the interface hands packets to this queue. Only for taps with several.
     pub(super) fn set_attached(&self, attached: bool) -> io::Result<()> {
-        raw::set_attached(&self.file, attached)
+        if self.attached.load(Ordering::Relaxed) != attached {
+            raw::set_attached(&self.file, attached)?;
+            self.attached.store(attached, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn set_offloads(&self, offloads: u32) -> io::Result<()> {

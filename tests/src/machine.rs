@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The machine of the suite: its VMM process, and what the guest connects to.
+//! A machine of a suite's own: its VMM process, its guest, which is the suite's own program as
+//! init, and what the guest connects to.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -13,37 +14,108 @@ use std::time::Duration;
 use std::{env, thread};
 
 use anyhow::{Context, Result, bail, ensure};
-use tests::installed::installed;
 use vmm::client::VmmProcess;
 use vmm::control::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, PROTOCOL_VERSION, VmConfig, Vsock,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, Request, VmConfig,
+    Vsock,
 };
 
-use crate::stream::{POWER_OFF, READY, read_line};
+use crate::installed::installed;
+use crate::pattern::read_line;
+
+/// The guest's vsock port that powers it off.
+pub const POWER_OFF: u32 = 1;
+/// The host's vsock port on which the guest says that it listens.
+pub const READY: u32 = 1024;
 
 /// Far longer than anything here takes, even under emulation.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 const CMDLINE: &str = "panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init";
 
+/// What a machine is to be.
+#[derive(Debug)]
+pub struct Setup {
+    /// Show the guest's console.
+    pub console: bool,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Network devices.
+    pub nets: Vec<Cable>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            console: false,
+            vcpus: 1,
+            nets: Vec::new(),
+        }
+    }
+}
+
+/// A network device and the files that belong to it.
+#[derive(Debug)]
+pub struct Cable {
+    /// Its name in the VMM.
+    pub id: String,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// What the guest is told of the largest packet.
+    pub mtu: Option<u16>,
+    /// A tap a queue pair.
+    pub taps: Vec<OwnedFd>,
+    /// None, or a `/dev/vhost-net` a queue pair.
+    pub vhost: Vec<OwnedFd>,
+}
+
+impl Cable {
+    /// The VMM's view; the files go to the end of `files`.
+    fn describe(self, files: &mut Vec<OwnedFd>) -> Net {
+        let mut add = |list: Vec<OwnedFd>| {
+            list.into_iter()
+                .map(|file| {
+                    files.push(file);
+                    index(files.len().saturating_sub(1))
+                })
+                .collect()
+        };
+        Net {
+            queues: add(self.taps),
+            vhost: add(self.vhost),
+            id: self.id,
+            mac: self.mac,
+            mtu: self.mtu,
+        }
+    }
+}
+
+fn index(at: usize) -> FileIndex {
+    FileIndex(u32::try_from(at).unwrap_or(u32::MAX))
+}
+
 /// A booted guest.
 #[derive(Debug)]
-pub(crate) struct Machine {
+pub struct Machine {
     process: Arc<VmmProcess>,
     socket: PathBuf,
     /// What the guest connects to, and how it ended.
     arrivals: Mutex<Receiver<(u32, UnixStream)>>,
     end: Receiver<ExitReason>,
+    answers: Mutex<Receiver<Result<(), String>>>,
     _folder: tempfile::TempDir,
 }
 
 impl Machine {
     /// Boots this binary as a guest, and waits until it listens.
-    pub(crate) fn start(console: bool) -> Result<Self> {
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(setup: Setup) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let socket = folder.path().join("vsock");
         let listener = UnixListener::bind(&socket)?;
-        let (config, files) = configure(folder.path(), listener, console)?;
+        let (config, files) = configure(folder.path(), listener, setup)?;
         let mut command = Command::new(env::current_exe()?);
         command.arg("vmm");
         let process = Arc::new(VmmProcess::spawn(command)?);
@@ -51,13 +123,15 @@ impl Machine {
         process.boot(config, &files, |_, _| {})?;
         let (arrival, arrivals) = channel();
         let (ended, end) = channel();
+        let (answered, answers) = channel();
         let watched = Arc::clone(&process);
-        thread::spawn(move || watch(&watched, &arrival, &ended));
+        thread::spawn(move || watch(&watched, &arrival, &ended, &answered));
         let machine = Self {
             process,
             socket,
             arrivals: Mutex::new(arrivals),
             end,
+            answers: Mutex::new(answers),
             _folder: folder,
         };
         if let Err(error) = machine.accept(READY) {
@@ -68,7 +142,10 @@ impl Machine {
     }
 
     /// A stream to a port of the guest.
-    pub(crate) fn connect(&self, port: u32) -> Result<UnixStream> {
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(&self, port: u32) -> Result<UnixStream> {
         let mut stream = self.dial()?;
         writeln!(stream, "CONNECT {port}")?;
         let answer = read_line(&mut stream)?;
@@ -77,14 +154,20 @@ impl Machine {
     }
 
     /// A stream on which nothing has been said.
-    pub(crate) fn dial(&self) -> Result<UnixStream> {
+    ///
+    /// # Errors
+    /// The VMM takes no connection.
+    pub fn dial(&self) -> Result<UnixStream> {
         let stream = UnixStream::connect(&self.socket)?;
         set_patience(&stream)?;
         Ok(stream)
     }
 
     /// The next stream that the guest opened, which must be to `port`.
-    pub(crate) fn accept(&self, port: u32) -> Result<UnixStream> {
+    ///
+    /// # Errors
+    /// None came, or to another port.
+    pub fn accept(&self, port: u32) -> Result<UnixStream> {
         let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
         let (arrived, stream) = arrivals
             .recv_timeout(PATIENCE)
@@ -97,8 +180,34 @@ impl Machine {
         Ok(stream)
     }
 
+    /// Plugs a network device in.
+    ///
+    /// # Errors
+    /// The VMM says why not.
+    pub fn attach(&self, cable: Cable) -> Result<()> {
+        let mut files = Vec::new();
+        let net = cable.describe(&mut files);
+        self.ask(&Request::AttachNet(net), &files)
+    }
+
+    /// Has the VMM do something, and waits until it has.
+    ///
+    /// # Errors
+    /// The VMM says why not, or doesn't answer.
+    pub fn ask(&self, request: &Request, files: &[OwnedFd]) -> Result<()> {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        self.process.send(request, &files)?;
+        let answer = answers.recv_timeout(PATIENCE);
+        let answer = answer.with_context(|| format!("waiting for the answer to {request:?}"))?;
+        answer.map_err(anyhow::Error::msg)
+    }
+
     /// Ends the guest in its own way.
-    pub(crate) fn power_off(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// It ended in another way.
+    pub fn power_off(&mut self) -> Result<()> {
         // Gone before it answers, maybe.
         let _ = self.connect(POWER_OFF);
         let reason = self.end.recv_timeout(PATIENCE)?;
@@ -115,7 +224,12 @@ fn set_patience(stream: &UnixStream) -> io::Result<()> {
 }
 
 /// Hands on what the VMM reports, until it is gone.
-fn watch(process: &VmmProcess, arrival: &Sender<(u32, UnixStream)>, ended: &Sender<ExitReason>) {
+fn watch(
+    process: &VmmProcess,
+    arrival: &Sender<(u32, UnixStream)>,
+    ended: &Sender<ExitReason>,
+    answered: &Sender<Result<(), String>>,
+) {
     while let Ok((event, mut files)) = process.next_event() {
         match event {
             Event::Connection { port } => {
@@ -129,7 +243,13 @@ fn watch(process: &VmmProcess, arrival: &Sender<(u32, UnixStream)>, ended: &Send
                 }
                 let _ = ended.send(reason);
             }
-            _ => {}
+            Event::Done => {
+                let _ = answered.send(Ok(()));
+            }
+            Event::Failed(text) => {
+                let _ = answered.send(Err(text));
+            }
+            Event::Milestone { .. } => {}
         }
     }
 }
@@ -137,7 +257,7 @@ fn watch(process: &VmmProcess, arrival: &Sender<(u32, UnixStream)>, ended: &Send
 fn configure(
     folder: &Path,
     listener: UnixListener,
-    console: bool,
+    setup: Setup,
 ) -> Result<(VmConfig, Vec<OwnedFd>)> {
     let kernel = match env::var_os("NUTSHELL_TEST_KERNEL") {
         Some(named) => PathBuf::from(named),
@@ -155,16 +275,23 @@ fn configure(
         listener.into(),
     ];
     let mut cmdline = CMDLINE.to_owned();
-    if console {
+    let nets: Vec<Net> = setup
+        .nets
+        .into_iter()
+        .map(|cable| cable.describe(&mut files))
+        .collect();
+    let console = if setup.console {
         files.push(io::stderr().as_fd().try_clone_to_owned()?);
         cmdline.push_str(" console=ttyS0 8250.nr_uarts=1");
+        Console::File(index(files.len().saturating_sub(1)))
     } else {
         cmdline.push_str(" quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic");
-    }
+        Console::Quiet
+    };
     let config = VmConfig {
         version: PROTOCOL_VERSION,
         kvm: FileIndex(0),
-        vcpus: 1,
+        vcpus: setup.vcpus,
         memory_mib: 256,
         boot: Boot {
             kernel: FileIndex(1),
@@ -175,18 +302,14 @@ fn configure(
             file: FileIndex(2),
             read_only: true,
         }],
-        nets: Vec::new(),
+        nets,
         filesystems: Vec::new(),
         vsock: Some(Vsock {
             cid: 3,
             listener: FileIndex(3),
         }),
         rng: true,
-        console: if console {
-            Console::File(FileIndex(4))
-        } else {
-            Console::Quiet
-        },
+        console,
     };
     Ok((config, files))
 }

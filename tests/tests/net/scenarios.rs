@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the wire must do.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, UdpSocket};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use rustix::net::ipproto::ICMP;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with,
+};
+use tests::netlink::Interface;
+use tests::pattern::{Digest, Pattern};
+use tests::wait;
+use vmm::control::Request;
+
+use crate::wire::{Card, ECHO, PATIENCE, Plan, SINK, SOURCE, Scenario, Wire, host_counters};
+
+/// What every card must do.
+const TRAFFIC: &[(&str, Scenario)] = &[
+    ("the_guest_knows_its_card", the_guest_knows_its_card),
+    ("pings_come_back", pings_come_back),
+    ("datagrams_come_back", datagrams_come_back),
+    ("bulk_to_the_guest", bulk_to_the_guest),
+    ("bulk_to_the_host", bulk_to_the_host),
+    ("bulk_both_ways_at_once", bulk_both_ways_at_once),
+    ("segments_cross_whole", segments_cross_whole),
+    ("both_sides_count_the_same", both_sides_count_the_same),
+    ("many_streams_at_once", many_streams_at_once),
+    ("a_pause_loses_nothing", a_pause_loses_nothing),
+];
+
+/// What ends in a card of no use.
+const LAST: &[(&str, Scenario)] = &[("a_tap_that_goes_pulls_the_cable", a_tap_that_goes)];
+
+const QUEUES: &[(&str, Scenario)] = &[("both_queues_are_used", both_queues_are_used)];
+
+const BULK: u64 = 16 << 20;
+
+pub(crate) const PLANS: &[Plan] = &[
+    Plan {
+        name: "userspace",
+        vcpus: 1,
+        cards: &[Card {
+            number: 1,
+            mtu: 1500,
+            queues: 1,
+            vhost: false,
+        }],
+        scenarios: &[TRAFFIC, LAST],
+    },
+    Plan {
+        name: "jumbo_two_queues",
+        vcpus: 2,
+        cards: &[Card {
+            number: 2,
+            mtu: 9000,
+            queues: 2,
+            vhost: false,
+        }],
+        scenarios: &[TRAFFIC, QUEUES],
+    },
+];
+
+fn the_guest_knows_its_card(wire: &mut Wire) -> Result<()> {
+    let bytes = wire.card.mac().map(|byte| format!("{byte:02x}"));
+    let expected = [
+        ("address", bytes.join(":")),
+        ("mtu", wire.card.mtu.to_string()),
+        ("carrier", "1".to_owned()),
+    ];
+    for (file, expected) in expected {
+        let found = wire.tell(&format!("read eth0 {file}"))?;
+        ensure!(found == expected, "{file} is {found}, not {expected}");
+    }
+    Ok(())
+}
+
+fn pings_come_back(wire: &mut Wire) -> Result<()> {
+    // The largest that fits one packet, and one that takes several.
+    let whole = usize::from(wire.card.mtu).saturating_sub(28);
+    for len in [1, 56, whole, 20_000] {
+        ping(wire.card.guest(), len).with_context(|| format!("{len} bytes"))?;
+    }
+    Ok(())
+}
+
+/// Sends an echo request with `len` bytes of data and waits for its reply.
+fn ping(guest: Ipv4Addr, len: usize) -> Result<()> {
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        Some(ICMP),
+    )?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+    let mut request = vec![8, 0, 0, 0, 0x12, 0x34];
+    request.extend(u16::try_from(len)?.to_be_bytes());
+    request.extend((0..len).map(|at| at.to_le_bytes()[0]));
+    let sum = checksum(&request);
+    request.splice(2..4, sum.to_be_bytes());
+    let to = SocketAddrV4::new(guest, 0);
+    sendto(&socket, &request, SendFlags::empty(), &to)?;
+    let mut packet = vec![0; 65536];
+    loop {
+        let (received, _) = recv(&socket, &mut packet[..], RecvFlags::empty())?;
+        // Behind an IP header without options; others' replies come here as well.
+        let reply = packet.get(20..received).unwrap_or_default();
+        if reply.first() == Some(&0) && reply.get(4..8) == request.get(4..8) {
+            ensure!(reply.get(8..) == request.get(8..), "other data came back");
+            return Ok(());
+        }
+    }
+}
+
+/// The Internet checksum (RFC 1071).
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum = 0_u32;
+    for word in bytes.chunks(2) {
+        let low = word.get(1).copied().unwrap_or_default();
+        let word = u16::from_be_bytes([word.first().copied().unwrap_or_default(), low]);
+        sum = sum.saturating_add(word.into());
+    }
+    while let Some(carry) = sum.checked_shr(16).filter(|carry| *carry > 0) {
+        sum = (sum & 0xffff).saturating_add(carry);
+    }
+    u16::try_from(sum).map_or(0, |sum| !sum)
+}
+
+fn datagrams_come_back(wire: &mut Wire) -> Result<()> {
+    let socket = UdpSocket::bind((wire.card.host(), 0))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect((wire.card.guest(), ECHO))?;
+    let whole = usize::from(wire.card.mtu).saturating_sub(28);
+    let mut answer = vec![0; 65536];
+    for len in [0, 1, 100, whole, whole.saturating_add(1), 60_000] {
+        let datagram: Vec<u8> = (0..len).map(|at| at.to_le_bytes()[0]).collect();
+        socket.send(&datagram)?;
+        let received = socket.recv(&mut answer);
+        let received = received.with_context(|| format!("{len} bytes"))?;
+        ensure!(answer.get(..received) == Some(&datagram), "{len} bytes");
+    }
+    Ok(())
+}
+
+fn bulk_to_the_guest(wire: &mut Wire) -> Result<()> {
+    let begin = Instant::now();
+    push(wire.card, BULK)?;
+    report("to the guest", BULK, begin);
+    Ok(())
+}
+
+fn push(card: Card, len: u64) -> Result<()> {
+    let mut stream = card.connect(SINK)?;
+    Pattern::new().send(&mut stream, len)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = [0; 16];
+    stream.read_exact(&mut answer)?;
+    ensure!(answer == Digest::of_pattern(len).to_bytes(), "{answer:?}");
+    Ok(())
+}
+
+fn bulk_to_the_host(wire: &mut Wire) -> Result<()> {
+    let begin = Instant::now();
+    pull(wire.card, BULK)?;
+    report("to the host", BULK, begin);
+    Ok(())
+}
+
+fn pull(card: Card, len: u64) -> Result<()> {
+    let mut stream = card.connect(SOURCE)?;
+    stream.write_all(&len.to_le_bytes())?;
+    let digest = Digest::of(&mut stream)?;
+    ensure!(digest == Digest::of_pattern(len), "{digest:?}");
+    Ok(())
+}
+
+fn bulk_both_ways_at_once(wire: &mut Wire) -> Result<()> {
+    let begin = Instant::now();
+    let card = wire.card;
+    thread::scope(|scope| {
+        let there = scope.spawn(move || push(card, BULK));
+        let back = scope.spawn(move || pull(card, BULK));
+        for side in [there, back] {
+            side.join().map_err(|_| anyhow!("a thread panicked"))??;
+        }
+        Ok::<_, anyhow::Error>(())
+    })?;
+    report("both ways", BULK.saturating_mul(2), begin);
+    Ok(())
+}
+
+/// Segmentation is left to the other side: packets are longer than the link's own limit.
+fn segments_cross_whole(wire: &mut Wire) -> Result<()> {
+    let limit = u64::from(wire.card.mtu).saturating_add(18);
+    let (before_packets, before_bytes) = (
+        wire.guest_counter("rx_packets")?,
+        wire.guest_counter("rx_bytes")?,
+    );
+    push(wire.card, BULK)?;
+    let packets = wire
+        .guest_counter("rx_packets")?
+        .saturating_sub(before_packets);
+    let bytes = wire.guest_counter("rx_bytes")?.saturating_sub(before_bytes);
+    let mean = bytes.checked_div(packets).context("no packets")?;
+    ensure!(mean > limit, "the guest got {mean} bytes a packet");
+    let before = host_counters(wire.card)?.received;
+    pull(wire.card, BULK)?;
+    let after = host_counters(wire.card)?.received;
+    let (packets, bytes) = (
+        after.0.saturating_sub(before.0),
+        after.1.saturating_sub(before.1),
+    );
+    let mean = bytes.checked_div(packets).context("no packets")?;
+    ensure!(mean > limit, "the host got {mean} bytes a packet");
+    Ok(())
+}
+
+fn both_sides_count_the_same(wire: &mut Wire) -> Result<()> {
+    // A packet may still be on its way: until they agree.
+    wait::until("the counters agree", PATIENCE, || {
+        let host = host_counters(wire.card)?;
+        let (received, sent) = (
+            wire.guest_counter("rx_packets")?,
+            wire.guest_counter("tx_packets")?,
+        );
+        Ok((host.sent.0 == received && host.received.0 == sent).then_some(()))
+    })?;
+    for counter in ["rx_errors", "rx_dropped", "tx_errors", "tx_dropped"] {
+        let count = wire.guest_counter(counter)?;
+        ensure!(count == 0, "{counter} is {count}");
+    }
+    Ok(())
+}
+
+fn many_streams_at_once(wire: &mut Wire) -> Result<()> {
+    let mut streams = Vec::new();
+    for number in 0..64_u32 {
+        streams.push((number, wire.card.connect(ECHO)?));
+    }
+    for (number, stream) in &mut streams {
+        stream.write_all(&number.to_le_bytes())?;
+    }
+    for (number, mut stream) in streams {
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer)?;
+        ensure!(answer == number.to_le_bytes(), "stream {number}");
+    }
+    Ok(())
+}
+
+fn a_pause_loses_nothing(wire: &mut Wire) -> Result<()> {
+    let mut stream = wire.card.connect(SINK)?;
+    let writer = thread::spawn(move || {
+        Pattern::new().send(&mut stream, BULK)?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = [0; 16];
+        stream.read_exact(&mut answer)?;
+        Ok::<_, std::io::Error>(answer)
+    });
+    for _ in 0..3 {
+        wire.machine.ask(&Request::Pause, &[])?;
+        wire.machine.ask(&Request::Resume, &[])?;
+    }
+    let answer = writer.join().map_err(|_| anyhow!("a thread panicked"))??;
+    ensure!(answer == Digest::of_pattern(BULK).to_bytes(), "{answer:?}");
+    // And the other way round: the guest calls.
+    let listener = TcpListener::bind((wire.card.host(), 0))?;
+    let address = listener.local_addr()?;
+    let reader = thread::spawn(move || Digest::of(&mut listener.accept()?.0));
+    wire.tell(&format!("send {address} {BULK}"))?;
+    let digest = reader.join().map_err(|_| anyhow!("a thread panicked"))??;
+    ensure!(digest == Digest::of_pattern(BULK), "{digest:?}");
+    Ok(())
+}
+
+fn both_queues_are_used(wire: &mut Wire) -> Result<()> {
+    let queues = wire.tell("list eth0 queues")?;
+    for queue in ["rx-0", "rx-1", "tx-0", "tx-1"] {
+        ensure!(queues.split(' ').any(|name| name == queue), "{queues}");
+    }
+    // So many that they can't all have the same hash.
+    many_streams_at_once(wire)?;
+    let device = wire.tell("read eth0 device/uevent");
+    let device = device.with_context(|| "the card's device".to_owned())?;
+    let interrupts = wire.tell("interrupts -input.")?;
+    let used = interrupts
+        .split(';')
+        .filter(|line| {
+            line.split_whitespace()
+                .skip(1)
+                .map_while(|word| word.parse::<u64>().ok())
+                .any(|count| count > 0)
+        })
+        .count();
+    ensure!(used == 2, "interrupts of {device}: {interrupts}");
+    Ok(())
+}
+
+fn a_tap_that_goes(wire: &mut Wire) -> Result<()> {
+    Interface::named(&wire.card.tap_name())?.delete()?;
+    wait::until("the guest sees no carrier", PATIENCE, || {
+        Ok((wire.tell("read eth0 carrier")? == "0").then_some(()))
+    })
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn report(what: &str, bytes: u64, begin: Instant) {
+    let mib = bytes as f64 / f64::from(1 << 20);
+    let rate = mib / begin.elapsed().as_secs_f64();
+    println!("{what}: {rate:.1} MiB/s");
+}
