@@ -285,7 +285,7 @@ fn configure(
         cmdline.push_str(" console=ttyS0 8250.nr_uarts=1");
         Console::File(index(files.len().saturating_sub(1)))
     } else {
-        cmdline.push_str(" quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic");
+        cmdline.push_str(" quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0");
         Console::Quiet
     };
     let config = VmConfig {

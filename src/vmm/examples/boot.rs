@@ -278,7 +278,7 @@ fn cmdline(options: &Options) -> String {
         words.push("console=ttyS0 8250.nr_uarts=1");
     } else {
         // "quiet" first: what has been logged before is printed when the console is found.
-        words.push("quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0 noapic");
+        words.push("quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0");
     }
     if options.image.is_some() {
         words.push("root=/dev/vda ro rootfstype=erofs init=/sbin/init");

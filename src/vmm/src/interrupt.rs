@@ -41,6 +41,12 @@ pub trait MsiController: Debug + Send + Sync {
     fn source(&self) -> io::Result<Box<dyn MsiSource>>;
 }
 
+/// A wire to an interrupt controller's pin.
+pub trait Line: Debug + Send + Sync {
+    /// Interrupts once.
+    fn raise(&self);
+}
+
 /// Where the guest rings for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DoorbellAddress {

@@ -9,15 +9,16 @@ use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::process::{DumpableBehavior, Signal};
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use thiserror::Error;
 
 use crate::control::{
-    Channel, ChannelError, Event, ExitReason, Milestone, Net, PROTOCOL_VERSION, Request, VmConfig,
+    Channel, ChannelError, Event, ExitReason, Milestone, PROTOCOL_VERSION, Request, VmConfig,
 };
 use crate::machine::{Files, Machine, MachineEvents};
 use crate::sys::process as raw;
@@ -67,6 +68,7 @@ pub fn run() -> Result<(), ProcessError> {
         wake: eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|errno| ProcessError::Wait(errno.into()))?,
         init: AtomicBool::new(false),
+        detaching: Mutex::new(None),
     });
     reporter.send_milestone(Milestone::ProcessStart, start);
     match serve(&reporter) {
@@ -152,11 +154,16 @@ fn build(
 /// Serves requests until the machine has ended.
 fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessError> {
     loop {
+        if let Some(late) = reporter.late_detach() {
+            let text = format!("the guest does not let go of {late}");
+            reporter.channel.send(&Event::Failed(text), &[])?;
+        }
+        let patience = reporter.patience();
         let mut ready = [
             PollFd::new(&reporter.channel, PollFlags::IN),
             PollFd::new(&reporter.wake, PollFlags::IN),
         ];
-        rustix::io::retry_on_intr(|| poll(&mut ready, None))
+        rustix::io::retry_on_intr(|| poll(&mut ready, patience.as_ref()))
             .map_err(|errno| ProcessError::Wait(errno.into()))?;
         if let Some(reason) = reporter.over.get() {
             return Ok(reason.clone());
@@ -164,7 +171,8 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
         if ready.first().is_none_or(|fd| fd.revents().is_empty()) {
             continue;
         }
-        let answer = match reporter.channel.receive::<Request>()?.0 {
+        let (request, files) = reporter.channel.receive::<Request>()?;
+        let answer = match request {
             Request::Pause => {
                 machine.pause();
                 Event::Done
@@ -177,9 +185,15 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
                 reporter.channel.send(&Event::Done, &[])?;
                 return Ok(ExitReason::Stopped);
             }
-            Request::AttachNet(Net { id, .. }) | Request::DetachNet { id } => Event::Failed(
-                format!("this VMM can't change network devices while it runs: {id}"),
-            ),
+            Request::AttachNet(net) => match machine.attach_net(&net, &mut Files::new(files)) {
+                Ok(()) => Event::Done,
+                Err(error) => Event::Failed(chain(&error)),
+            },
+            // Answered when the guest has let go.
+            Request::DetachNet { id } => match reporter.detach(machine, &id) {
+                Ok(()) => continue,
+                Err(text) => Event::Failed(text),
+            },
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
         };
         reporter.channel.send(&answer, &[])?;
@@ -193,9 +207,50 @@ struct Reporter {
     over: OnceLock<ExitReason>,
     wake: OwnedFd,
     init: AtomicBool,
+    /// The device that the guest was asked to let go of, and until when.
+    detaching: Mutex<Option<(String, Instant)>>,
 }
 
+/// How long a guest may take to let go of a device. A guest that can't, answers nothing at all.
+const DETACH_PATIENCE: Duration = Duration::from_secs(20);
+
 impl Reporter {
+    /// Begins a detachment, which `unplugged` or `late_detach` ends.
+    fn detach(&self, machine: &Machine, id: &str) -> Result<(), String> {
+        let mut detaching = self.detaching();
+        if let Some((name, _)) = &*detaching {
+            return Err(format!("{name} is still on its way out"));
+        }
+        // Under the lock: the guest may be quick.
+        let name = machine
+            .request_detach_net(id)
+            .map_err(|error| chain(&error))?;
+        let until = Instant::now().checked_add(DETACH_PATIENCE);
+        *detaching = until.map(|until| (name, until));
+        Ok(())
+    }
+
+    /// The device that the guest should have let go of by now.
+    fn late_detach(&self) -> Option<String> {
+        let late = |(_, until): &mut (String, Instant)| *until <= Instant::now();
+        let (name, _) = self.detaching().take_if(late)?;
+        Some(name)
+    }
+
+    /// How long to wait for messages at most.
+    fn patience(&self) -> Option<Timespec> {
+        let (_, until) = self.detaching().clone()?;
+        // Up to the next millisecond, so that it is over then.
+        let left = until.saturating_duration_since(Instant::now());
+        Timespec::try_from(left.saturating_add(Duration::from_millis(1))).ok()
+    }
+
+    fn detaching(&self) -> MutexGuard<'_, Option<(String, Instant)>> {
+        self.detaching
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn send_milestone(&self, milestone: Milestone, at_us: u64) {
         let event = Event::Milestone { milestone, at_us };
         if let Err(error) = self.channel.send(&event, &[]) {
@@ -227,6 +282,15 @@ impl MachineEvents for Reporter {
         let event = Event::Connection { port };
         let sent = self.channel.try_send(&event, &[stream.as_fd()]);
         sent.map_err(io::Error::other)
+    }
+
+    fn unplugged(&self, name: &str) {
+        let waited_for = |(other, _): &mut (String, Instant)| other == name;
+        if self.detaching().take_if(waited_for).is_some()
+            && let Err(error) = self.channel.send(&Event::Done, &[])
+        {
+            tracing::debug!(%error, "can't tell the owner that a device is gone");
+        }
     }
 }
 

@@ -40,6 +40,22 @@ const QUEUES: &[(&str, Scenario)] = &[("both_queues_are_used", both_queues_are_u
 
 const BULK: u64 = 16 << 20;
 
+/// A card that comes and goes.
+const HOT: &[(&str, Scenario)] = &[
+    ("a_card_is_plugged_in", a_card_is_plugged_in),
+    ("pings_come_back", pings_come_back),
+    ("bulk_both_ways_at_once", bulk_both_ways_at_once),
+    ("both_sides_count_the_same", both_sides_count_the_same),
+    ("it_is_pulled_out_under_load", it_is_pulled_out_under_load),
+    ("a_card_is_plugged_in_again", a_card_is_plugged_in),
+    ("pings_come_back_again", pings_come_back),
+    ("what_is_not_there_stays", what_is_not_there_stays),
+    ("it_is_pulled_out", it_is_pulled_out),
+    ("all_slots_are_used_and_left", all_slots_are_used_and_left),
+];
+
+const COLD: &[(&str, Scenario)] = &[("it_is_pulled_out", it_is_pulled_out)];
+
 pub(crate) const PLANS: &[Plan] = &[
     Plan {
         name: "userspace",
@@ -61,7 +77,13 @@ pub(crate) const PLANS: &[Plan] = &[
             queues: 2,
             vhost: false,
         }],
-        scenarios: &[TRAFFIC, QUEUES],
+        scenarios: &[TRAFFIC, QUEUES, COLD],
+    },
+    Plan {
+        name: "hot",
+        vcpus: 2,
+        cards: &[],
+        scenarios: &[HOT],
     },
 ];
 
@@ -305,6 +327,84 @@ fn a_tap_that_goes(wire: &mut Wire) -> Result<()> {
     wait::until("the guest sees no carrier", PATIENCE, || {
         Ok((wire.tell("read eth0 carrier")? == "0").then_some(()))
     })
+}
+
+fn a_card_is_plugged_in(wire: &mut Wire) -> Result<()> {
+    wire.machine.attach(wire.card.cable()?)?;
+    wire.tell(&format!("up eth0 {}", wire.card.guest()))?;
+    the_guest_knows_its_card(wire)
+}
+
+fn it_is_pulled_out(wire: &mut Wire) -> Result<()> {
+    detach(wire, wire.card)?;
+    // What the guest says is so already: no waiting.
+    ensure!(wire.tell("list . .")?.split(' ').all(|name| name != "eth0"));
+    Ok(())
+}
+
+fn it_is_pulled_out_under_load(wire: &mut Wire) -> Result<()> {
+    let card = wire.card;
+    let mut stream = card.connect(SINK)?;
+    let writer = thread::spawn(move || Pattern::new().send(&mut stream, u64::MAX));
+    // Under way for sure.
+    let begin = host_counters(card)?.sent.1;
+    wait::until("packets flow", PATIENCE, || {
+        let now = host_counters(card)?.sent.1;
+        Ok((now.saturating_sub(begin) > 1 << 20).then_some(()))
+    })?;
+    detach(wire, card)?;
+    // The network is gone with its tap, and the stream with it.
+    let sent = writer.join().map_err(|_| anyhow!("a thread panicked"))?;
+    ensure!(sent.is_err(), "the stream outlived its network");
+    Ok(())
+}
+
+/// Pulls a card out: afterwards nobody has its tap.
+fn detach(wire: &Wire, card: Card) -> Result<()> {
+    let id = card.id();
+    wire.machine.ask(&Request::DetachNet { id }, &[])?;
+    let tap = Interface::named(&card.tap_name());
+    ensure!(tap.is_err(), "the tap is still there");
+    Ok(())
+}
+
+fn what_is_not_there_stays(wire: &mut Wire) -> Result<()> {
+    let id = "nobody".to_owned();
+    let refused = wire.machine.ask(&Request::DetachNet { id }, &[]);
+    let text = refused.err().context("it was pulled out")?.to_string();
+    ensure!(text.contains("net nobody"), "{text}");
+    let mut again = wire.card.cable_of_name("tap99")?;
+    again.id = wire.card.id();
+    let refused = wire.machine.attach(again);
+    let text = refused
+        .err()
+        .context("it was plugged in twice")?
+        .to_string();
+    ensure!(text.contains(&wire.card.id()), "{text}");
+    Ok(())
+}
+
+fn all_slots_are_used_and_left(wire: &mut Wire) -> Result<()> {
+    let cards: Vec<Card> = (10..19)
+        .map(|number| Card {
+            number,
+            ..wire.card
+        })
+        .collect();
+    let (last, cards) = cards.split_last().context("no cards")?;
+    for card in cards {
+        wire.machine.attach(card.cable()?)?;
+    }
+    let refused = wire.machine.attach(last.cable()?);
+    let text = refused.err().context("a ninth was plugged in")?.to_string();
+    ensure!(text.contains("slots"), "{text}");
+    for number in 0..cards.len() {
+        wire.tell(&format!("await eth{number}"))?;
+    }
+    for card in cards {
+        detach(wire, *card)?;
+    }
+    Ok(())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for people")]

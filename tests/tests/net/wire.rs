@@ -80,12 +80,17 @@ impl Card {
 
     /// Makes the tap, switched on, with an address; it goes with its descriptors.
     pub(crate) fn cable(self) -> Result<Cable> {
-        let name = self.tap_name();
-        let taps = sys::open_tap(&name, self.queues, libc::IFF_VNET_HDR)
-            .with_context(|| format!("making {name}"))?;
-        let tap = Interface::named(&name)?;
+        let cable = self.cable_of_name(&self.tap_name())?;
+        let tap = Interface::named(&self.tap_name())?;
         tap.up(Some(self.mtu))?;
         tap.add_address(self.host(), 24)?;
+        Ok(cable)
+    }
+
+    /// The same with another name for the tap, which stays switched off.
+    pub(crate) fn cable_of_name(self, name: &str) -> Result<Cable> {
+        let taps = sys::open_tap(name, self.queues, libc::IFF_VNET_HDR)
+            .with_context(|| format!("making {name}"))?;
         let mut vhost: Vec<OwnedFd> = Vec::new();
         while self.vhost && vhost.len() < self.queues {
             let device = OpenOptions::new()

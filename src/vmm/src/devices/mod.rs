@@ -2,8 +2,12 @@
 //! Device models. They import nothing of `arch`.
 
 mod guest_events;
+mod hotplug;
+mod io_apic;
 mod serial;
 pub mod virtio;
 
 pub use guest_events::{GuestEvents, PowerPorts, ProgressPort, PvPanic};
+pub use hotplug::{Ejected, HotplugRegisters};
+pub use io_apic::IoApic;
 pub use serial::{SerialPort, TAIL};

@@ -21,6 +21,8 @@ const END_GSI: u32 = 4096;
 /// All routes of the VM; KVM takes the whole table at each change.
 #[derive(Debug)]
 struct Routes {
+    /// Given back by sources that are gone.
+    free: Vec<u32>,
     next: u32,
     messages: BTreeMap<u32, MsiMessage>,
 }
@@ -42,6 +44,7 @@ struct Source {
 impl Router {
     pub(super) fn new(vm: Arc<VmFd>) -> Self {
         let routes = Routes {
+            free: Vec::new(),
             next: FIRST_GSI,
             messages: BTreeMap::new(),
         };
@@ -52,19 +55,38 @@ impl Router {
     }
 }
 
-impl MsiController for Router {
-    fn source(&self) -> io::Result<Box<dyn MsiSource>> {
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let gsi = routes.next;
+impl Routes {
+    /// A number that no source has.
+    fn take(&mut self) -> io::Result<u32> {
+        if let Some(gsi) = self.free.pop() {
+            return Ok(gsi);
+        }
+        let gsi = self.next;
         if gsi >= END_GSI {
             return Err(io::Error::other("KVM has no interrupt route left"));
         }
-        routes.next = gsi.saturating_add(1);
+        self.next = gsi.saturating_add(1);
+        Ok(gsi)
+    }
+
+    /// Has KVM take over all messages.
+    fn apply(&self, vm: &VmFd) -> io::Result<()> {
+        let entries: Vec<_> = self.messages.iter().map(entry).collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(io::Error::other)?;
+        vm.set_gsi_routing(&table).map_err(io_error)
+    }
+}
+
+impl MsiController for Router {
+    fn source(&self) -> io::Result<Box<dyn MsiSource>> {
+        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let gsi = routes.take()?;
         Ok(Box::new(Source {
             vm: Arc::clone(&self.vm),
             routes: Arc::clone(&self.routes),
             gsi,
-            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            event,
         }))
     }
 }
@@ -73,9 +95,7 @@ impl MsiSource for Source {
     fn route(&self, message: MsiMessage) -> io::Result<()> {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
         let first = routes.messages.insert(self.gsi, message).is_none();
-        let entries: Vec<_> = routes.messages.iter().map(entry).collect();
-        let table = KvmIrqRouting::from_entries(&entries).map_err(io::Error::other)?;
-        self.vm.set_gsi_routing(&table).map_err(io_error)?;
+        routes.apply(&self.vm)?;
         if first {
             let result = self.vm.register_irqfd(&self.event, self.gsi);
             result.map_err(io_error)?;
@@ -85,6 +105,23 @@ impl MsiSource for Source {
 
     fn trigger(&self) -> io::Result<()> {
         self.event.write(1)
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        if routes.messages.remove(&self.gsi).is_some() {
+            let unbound = self.vm.unregister_irqfd(&self.event, self.gsi);
+            let gone = unbound
+                .map_err(io_error)
+                .and_then(|()| routes.apply(&self.vm));
+            if let Err(error) = gone {
+                tracing::warn!(%error, "can't give an interrupt route back");
+                return;
+            }
+        }
+        routes.free.push(self.gsi);
     }
 }
 

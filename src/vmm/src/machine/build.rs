@@ -11,6 +11,7 @@ use fuse_server::{Cache, Options};
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
 
+use super::slots::{self, Slots};
 use super::vcpu::{Buses, Vcpus};
 use super::{Machine, MachineError, MachineEvents};
 use crate::arch::x86_64::acpi::Tables;
@@ -24,12 +25,13 @@ use crate::devices::virtio::fs::{Fs, FsConfig, open_file_quota};
 use crate::devices::virtio::net::{NetConfig, NetDevice};
 use crate::devices::virtio::rng::RngDevice;
 use crate::devices::virtio::vsock::{ConnectionSink, Vsock};
-use crate::devices::virtio::{GuestMemory, VirtioDevice, VirtioPciFunction};
-use crate::devices::{GuestEvents, PowerPorts, ProgressPort, PvPanic, SerialPort};
-use crate::interrupt::{Doorbells, MsiController};
+use crate::devices::virtio::{GuestMemory, VirtioDevice};
+use crate::devices::{
+    GuestEvents, HotplugRegisters, IoApic, PowerPorts, ProgressPort, PvPanic, SerialPort,
+};
 use crate::kvm::{MAX_VCPUS, Vm, VmError};
 use crate::memory;
-use crate::pci::{BarKind, PciBus, PciFunction, Slot};
+use crate::pci::{BarKind, PciBus};
 
 /// A Linux kernel does not get far with less.
 const MINIMUM_MIB: u32 = 32;
@@ -90,17 +92,37 @@ impl Machine {
 
         let memory = GuestMemory::new(memory);
         let devices = devices(config, files, events)?;
-        let (bus, functions) = pci_bus(&vm, &memory, devices)?;
+        let slots = Slots::new(memory, vm.interrupts(), vm.doorbells(), Arc::clone(events));
+        for (name, device) in devices {
+            slots.plug(slots::FIXED, name, device)?;
+        }
+        // All of these may be unplugged.
+        for net in &config.nets {
+            let (name, device) = net_device(net, files)?;
+            slots.plug(layout::HOTPLUG_SLOTS, name, device)?;
+        }
+        let slots = Arc::new(slots);
+        let io_apic = IoApic::new(layout::IO_APIC_PINS, &*vm.interrupts());
+        let io_apic = Arc::new(io_apic.map_err(MachineError::Interrupt)?);
+        let line = io_apic.line(layout::HOTPLUG_PIN.into());
+        let hotplug = Arc::new(HotplugRegisters::new(line, Arc::clone(&slots) as _));
         let serial = match config.console {
             Console::Quiet => SerialPort::new(None),
             Console::File(file) => SerialPort::new(Some(File::from(files.take(file)?))),
         };
         let serial = Arc::new(serial);
-        let buses = buses(&Arc::new(bus), &serial, events)?;
+        let mut buses = buses(slots.bus(), &serial, events)?;
+        let (start, size) = (layout::IO_APIC.into(), IoApic::SIZE);
+        let range = start..size.saturating_add(start);
+        buses.memory.insert(range, io_apic)?;
+        let start = u64::from(layout::HOTPLUG_PORT);
+        let range = start..start.saturating_add(HotplugRegisters::SIZE.into());
+        buses.ports.insert(range, Arc::clone(&hotplug) as _)?;
         let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), events).map_err(MachineError::Thread)?;
         Ok(Self {
             vcpus,
-            functions,
+            slots,
+            hotplug,
             serial,
             _vm: vm,
         })
@@ -141,7 +163,7 @@ fn set_up_vcpus(vm: &Vm, vcpus: &[VcpuFd], entry: u32) -> Result<(), MachineErro
 }
 
 /// A device and its name in logs and errors.
-type Named = (String, Box<dyn VirtioDevice>);
+pub(super) type Named = (String, Box<dyn VirtioDevice>);
 
 /// The virtio devices in slot order.
 fn devices(
@@ -158,9 +180,6 @@ fn devices(
             source,
         })?;
         devices.push((format!("block {}", block.id), Box::new(device)));
-    }
-    for net in &config.nets {
-        devices.push(net_device(net, files)?);
     }
     let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
     for filesystem in &config.filesystems {
@@ -192,7 +211,8 @@ fn devices(
     Ok(devices)
 }
 
-fn net_device(net: &Net, files: &mut Files) -> Result<Named, MachineError> {
+/// A network device with its name.
+pub(super) fn net_device(net: &Net, files: &mut Files) -> Result<Named, MachineError> {
     let mut take = |indices: &[FileIndex]| -> Result<Vec<OwnedFd>, MachineError> {
         indices.iter().map(|index| files.take(*index)).collect()
     };
@@ -207,46 +227,12 @@ fn net_device(net: &Net, files: &mut Files) -> Result<Named, MachineError> {
         id: net.id.clone(),
         source,
     })?;
-    Ok((format!("net {}", net.id), Box::new(device)))
+    Ok((net_name(&net.id), Box::new(device)))
 }
 
-/// The bus with a device in each slot.
-fn pci_bus(
-    vm: &Vm,
-    memory: &GuestMemory,
-    devices: Vec<Named>,
-) -> Result<(PciBus, Vec<Arc<VirtioPciFunction>>), MachineError> {
-    let interrupts: Arc<dyn MsiController> = vm.interrupts();
-    let doorbells: Arc<dyn Doorbells> = vm.doorbells();
-    let mut slots = Vec::new();
-    let mut functions = Vec::new();
-    for (number, (name, device)) in (0_u8..).zip(devices) {
-        let slot = Slot::new(number).ok_or(MachineError::Slots)?;
-        let bars = bars(slot).ok_or(MachineError::Slots)?;
-        let function = VirtioPciFunction::new(
-            &name,
-            device,
-            memory.clone(),
-            bars,
-            &*interrupts,
-            Arc::clone(&doorbells),
-        );
-        let function = function.map_err(|source| MachineError::Device { name, source })?;
-        let function = Arc::new(function);
-        slots.push((slot, Arc::clone(&function) as Arc<dyn PciFunction>));
-        functions.push(function);
-    }
-    Ok((PciBus::new(slots), functions))
-}
-
-/// Addresses of a slot's BARs, in memory and ports.
-fn bars(slot: Slot) -> Option<(u32, u32)> {
-    let number = u32::from(slot.number());
-    let memory = u32::try_from(layout::PCI_MEMORY.start).ok()?;
-    let memory = memory.checked_add(VirtioPciFunction::MEMORY_SIZE.checked_mul(number)?)?;
-    let ports = u32::from(layout::PCI_PORTS.start);
-    let ports = ports.checked_add(VirtioPciFunction::PORTS_SIZE.checked_mul(number)?)?;
-    Some((memory, ports))
+/// The name of network device `id` among all devices.
+pub(super) fn net_name(id: &str) -> String {
+    format!("net {id}")
 }
 
 fn buses(
@@ -356,23 +342,6 @@ impl ConnectionSink for Sink {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_slots_bars_lie_in_their_windows_apart() {
-        let mut last = (0, 0);
-        for number in 0..Slot::COUNT {
-            let (memory, ports) = bars(Slot::new(number).unwrap()).unwrap();
-            assert!(memory >= last.0 && ports >= last.1);
-            assert!(memory.is_multiple_of(VirtioPciFunction::MEMORY_SIZE));
-            assert!(ports.is_multiple_of(VirtioPciFunction::PORTS_SIZE));
-            last = (
-                memory + VirtioPciFunction::MEMORY_SIZE,
-                ports + VirtioPciFunction::PORTS_SIZE,
-            );
-        }
-        assert!(u64::from(last.0) <= layout::PCI_MEMORY.end);
-        assert!(last.1 <= layout::PCI_PORTS.end.into());
-    }
 
     #[test]
     fn a_file_is_taken_once() {

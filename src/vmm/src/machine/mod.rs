@@ -2,6 +2,7 @@
 //! The machine: built from a configuration and open files, then started, paused, stopped.
 
 mod build;
+mod slots;
 mod vcpu;
 
 use std::fmt::Debug;
@@ -17,17 +18,18 @@ use vmm_sys_util::errno;
 pub use build::Files;
 
 use crate::arch::x86_64::kernel::KernelError;
+use crate::arch::x86_64::layout;
 use crate::arch::x86_64::pvh::StartInfoError;
 use crate::arch::x86_64::vcpu::VcpuSetupError;
 use crate::bus::RangeTaken;
-use crate::control::{ExitReason, Milestone};
-use crate::devices::SerialPort;
-use crate::devices::virtio::VirtioPciFunction;
+use crate::control::{ExitReason, Milestone, Net};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::fs::FsError;
 use crate::devices::virtio::net::NetError;
+use crate::devices::{HotplugRegisters, SerialPort};
 use crate::kvm::{Vm, VmError};
 use crate::memory::{MemoryError, PlaceError};
+use slots::Slots;
 use vcpu::Vcpus;
 
 /// Takes what happens to the machine. Called on its own threads; must not block.
@@ -47,6 +49,9 @@ pub trait MachineEvents: Debug + Send + Sync {
     /// # Errors
     /// Nobody can take the connection; the guest sees it refused.
     fn connection(&self, port: u32, stream: OwnedFd) -> io::Result<()>;
+
+    /// The guest has let go of the device called `name`, and its files are closed.
+    fn unplugged(&self, name: &str);
 }
 
 /// Why there is no machine; each names what it is about.
@@ -112,8 +117,17 @@ pub enum MachineError {
         source: io::Error,
     },
     /// More devices than slots.
-    #[error("there are more devices than the PCI bus has slots")]
+    #[error("there are more devices than the PCI bus has slots for them")]
     Slots,
+    /// A name that is taken.
+    #[error("there is a device {0} already")]
+    Twice(String),
+    /// A name that nobody has, or a device that stays.
+    #[error("there is no device {0} that could be unplugged")]
+    Missing(String),
+    /// The I/O APIC can't be had.
+    #[error("can't set up the interrupt of hotplug")]
+    Interrupt(#[source] io::Error),
     /// Two devices at one address: a bug in the layout.
     #[error("the machine's layout is wrong")]
     Layout(#[from] RangeTaken),
@@ -134,7 +148,8 @@ pub struct Machine {
     // In the order in which they must go: nothing may run in the guest's memory once it is
     // unmapped.
     vcpus: Vcpus,
-    functions: Vec<Arc<VirtioPciFunction>>,
+    slots: Arc<Slots>,
+    hotplug: Arc<HotplugRegisters>,
     serial: Arc<SerialPort>,
     _vm: Vm,
 }
@@ -150,14 +165,37 @@ impl Machine {
         self.vcpus.resume();
     }
 
+    /// Adds a network device; the guest is told.
+    ///
+    /// # Errors
+    /// See `MachineError`.
+    pub fn attach_net(&self, net: &Net, files: &mut Files) -> Result<(), MachineError> {
+        let (name, device) = build::net_device(net, files)?;
+        let slot = self.slots.plug(layout::HOTPLUG_SLOTS, name, device)?;
+        self.hotplug.announce(slot);
+        Ok(())
+    }
+
+    /// Asks the guest to let go of network device `id`. When it has, `MachineEvents::unplugged`
+    /// tells the name that is returned here.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn request_detach_net(&self, id: &str) -> Result<String, MachineError> {
+        let name = build::net_name(id);
+        let Some(slot) = self.slots.find(&name) else {
+            return Err(MachineError::Missing(name));
+        };
+        self.hotplug.request_eject(slot);
+        Ok(name)
+    }
+
     /// Ends the machine: vCPUs first, then the devices, which finish what they have begun. Returns
     /// the last console output.
     #[must_use]
     pub fn stop(mut self) -> String {
         self.vcpus.stop();
-        for function in &self.functions {
-            function.reset();
-        }
+        self.slots.reset();
         self.serial.tail()
     }
 

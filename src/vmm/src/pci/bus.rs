@@ -36,7 +36,7 @@ struct Decoded {
 /// Bus 0 and everything on it.
 #[derive(Debug)]
 pub struct PciBus {
-    slots: Vec<(Slot, Arc<dyn PciFunction>)>,
+    slots: RwLock<Vec<(Slot, Arc<dyn PciFunction>)>>,
     /// What decodes which addresses. Written when the guest moves or enables a BAR; queue
     /// notifications go past it, straight to their event descriptors.
     decoded: RwLock<Vec<Decoded>>,
@@ -50,9 +50,24 @@ impl PciBus {
     #[must_use]
     pub fn new(slots: Vec<(Slot, Arc<dyn PciFunction>)>) -> Self {
         Self {
-            slots,
+            slots: RwLock::new(slots),
             decoded: RwLock::default(),
         }
+    }
+
+    /// Puts a function in a slot that has none.
+    pub fn insert(&self, slot: Slot, function: Arc<dyn PciFunction>) {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        slots.push((slot, function));
+    }
+
+    /// Takes a slot's function off the bus: no access reaches it once the call returns, but for
+    /// those that are under way.
+    pub fn remove(&self, slot: Slot) {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        slots.retain(|(other, _)| *other != slot);
+        drop(slots);
+        self.decode();
     }
 
     /// Reads ECAM; a function that isn't there reads as all ones.
@@ -91,14 +106,15 @@ impl PciBus {
 
     /// The function and register of an ECAM offset: bus in bits 20-27, device in 15-19, function
     /// in 12-14, register in 0-11.
-    fn at(&self, offset: u64) -> Option<(&dyn PciFunction, u16)> {
+    fn at(&self, offset: u64) -> Option<(Arc<dyn PciFunction>, u16)> {
         if offset >= Self::ECAM_SIZE || (offset >> 12) & 7 != 0 {
             return None;
         }
         let number = u8::try_from((offset >> 15) & 31).ok()?;
         let register = u16::try_from(offset & 0xfff).ok()?;
-        let (_, function) = self.slots.iter().find(|(slot, _)| slot.0 == number)?;
-        Some((&**function, register))
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let (_, function) = slots.iter().find(|(slot, _)| slot.0 == number)?;
+        Some((Arc::clone(function), register))
     }
 
     fn find(
@@ -121,7 +137,8 @@ impl PciBus {
         // Locked first, so that of two writes at once the later state is kept.
         let mut decoded = self.decoded.write().unwrap_or_else(PoisonError::into_inner);
         decoded.clear();
-        for (_, function) in &self.slots {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        for (_, function) in &*slots {
             for range in function.decoded() {
                 let function = Arc::clone(function);
                 decoded.push(Decoded { range, function });
@@ -205,6 +222,29 @@ mod tests {
             bus.write_ecam(offset, &data);
         }
         assert_eq!(Slot::new(32), None);
+    }
+
+    #[test]
+    fn functions_come_and_go() {
+        let bus = bus();
+        let mut data = [0; 4];
+        bus.write_ecam(4, &[2, 0]);
+        bus.remove(Slot::new(0).unwrap());
+        bus.read_ecam(0, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.read(BarKind::Memory, 0xc000_0010, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        let function = Plain(ConfigSpace::new(&Identity {
+            vendor: 1,
+            device: 2,
+            revision: 0,
+            class: 0,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        }));
+        bus.insert(Slot::new(31).unwrap(), Arc::new(function));
+        bus.read_ecam(31 << 15, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x0002_0001);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! ACPI tables, hardware-reduced (ACPI 6.5, section 4.1): no power management timer, no fixed
 //! events, no PIC. Kept small: the guest interprets them at every boot.
 
+mod hotplug;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
@@ -9,7 +11,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -79,6 +83,7 @@ impl Tables {
         for id in 0..self.vcpus {
             madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
         }
+        madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
         bytes(&madt)
     }
 
@@ -86,7 +91,9 @@ impl Tables {
         let mut dsdt = Sdt::new(*b"DSDT", HEADER, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         let s5 = layout::SLEEP_TYPE_S5;
         dsdt.append_slice(&bytes(&Name::new("_S5_".into(), &Package::new(vec![&s5]))));
-        let mut devices = pci_host_bridge();
+        let mut devices = hotplug::registers();
+        devices.extend(pci_host_bridge());
+        devices.extend(hotplug::event_device());
         devices.extend(ecam_reservation());
         devices.extend(pvpanic());
         if self.serial {
@@ -134,34 +141,29 @@ fn mcfg() -> Vec<u8> {
 
 /// The host bridge with its bus number and windows. No `_PRT`: functions only have MSI-X.
 fn pci_host_bridge() -> Vec<u8> {
-    let memory = (
+    let bus = AddressSpace::new_bus_number(0_u16, 0_u16);
+    let ports = layout::PCI_PORTS;
+    let ports = AddressSpace::new_io(ports.start, ports.end.saturating_sub(1), None);
+    let memory = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
         low32(layout::PCI_MEMORY.start),
-        low32(layout::PCI_MEMORY.end),
+        low32(layout::PCI_MEMORY.end).saturating_sub(1),
+        None,
     );
-    let ports = (layout::PCI_PORTS.start, layout::PCI_PORTS.end);
-    bytes(&Device::new(
-        "PCI0".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
-            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-            &Name::new("_SEG".into(), &ZERO),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &AddressSpace::new_bus_number(0_u16, 0_u16),
-                    &AddressSpace::new_io(ports.0, ports.1.saturating_sub(1), None),
-                    &AddressSpace::new_memory(
-                        AddressSpaceCacheable::NotCacheable,
-                        true,
-                        memory.0,
-                        memory.1.saturating_sub(1),
-                        None,
-                    ),
-                ]),
-            ),
-        ],
-    ))
+    let memory = ResourceTemplate::new(vec![&bus, &ports, &memory]);
+    let (hid, cid) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
+    let names = [
+        Name::new("_HID".into(), &hid),
+        Name::new("_CID".into(), &cid),
+        Name::new("_SEG".into(), &ZERO),
+        Name::new("_UID".into(), &ZERO),
+        Name::new("_CRS".into(), &memory),
+    ];
+    let slots = hotplug::slots();
+    let names = names.iter().map(|name| name as &dyn Aml);
+    let slots = slots.iter().map(|slot| slot as &dyn Aml);
+    bytes(&Device::new("PCI0".into(), names.chain(slots).collect()))
 }
 
 /// ECAM as a motherboard resource (PCI Firmware specification 3.3, section 4.1.2).
@@ -278,7 +280,7 @@ mod tests {
             let names: Vec<_> = tables(&image).iter().map(|table| &table[..4]).collect();
             assert_eq!(names, [b"XSDT", b"FACP", b"APIC", b"MCFG", b"DSDT"]);
             let madt = tables(&image)[2];
-            assert_eq!(madt.len(), 44 + 8 * usize::from(vcpus));
+            assert_eq!(madt.len(), 44 + 8 * usize::from(vcpus) + 12);
         }
     }
 
@@ -302,6 +304,19 @@ mod tests {
         let mcfg = tables(&image)[3];
         assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
         assert_eq!(&mcfg[52..56], [0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_slot_that_may_be_plugged_has_a_device_to_notify() {
+        let image = image(1);
+        let dsdt = tables(&image)[4];
+        for slot in layout::HOTPLUG_SLOTS {
+            let name = format!("HS{slot:02}");
+            let count = dsdt.windows(4).filter(|at| *at == name.as_bytes()).count();
+            // Itself, and one notification of each kind.
+            assert_eq!(count, 3, "{name}");
+        }
+        assert!(dsdt.windows(8).any(|at| at == b"ACPI0013"));
     }
 
     #[test]

@@ -5,9 +5,10 @@
 //! 0x0000_6000  PVH start info, memory map        port 0x0080  boot progress
 //! 0x0002_0000  command line                      port 0x03f8  16550
 //! 0x000e_0000  ACPI tables                       port 0x0505  pvpanic
-//! 0x0010_0000  the kernel and its memory         port 0x0600  ACPI sleep and reset
+//! 0x0010_0000  the kernel and its memory         port 0x0600  ACPI sleep, reset, hotplug
 //! 0xc000_0000  PCI memory                        port 0x1000  PCI ports
 //! 0xe000_0000  ECAM, bus 0
+//! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs
 //! 0x1_0000_0000 memory above 3 GiB
 //! ```
@@ -45,6 +46,13 @@ pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
 /// Port BARs of PCI functions.
 pub const PCI_PORTS: Range<u16> = 0x1000..0x2000;
 
+/// The I/O APIC, at its customary address.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// Its pins. Only the event device has one; each costs the guest accesses at boot.
+pub const IO_APIC_PINS: u8 = 2;
+/// The event device's pin, and its global interrupt number.
+pub const HOTPLUG_PIN: u8 = 1;
+
 /// Local APICs, at the architecture's default address.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
@@ -65,6 +73,11 @@ pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// See `SLEEP_CONTROL_PORT`.
 pub const RESET_PORT: u16 = 0x602;
+/// PCI hotplug registers.
+pub const HOTPLUG_PORT: u16 = 0x610;
+/// The PCI slots whose devices may come and go: a method each in the tables, which the guest reads
+/// at every boot, so no more than pods have interfaces.
+pub const HOTPLUG_SLOTS: Range<u8> = 24..32;
 /// The value that resets.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that stands for S5, power off.
