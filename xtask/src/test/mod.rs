@@ -115,6 +115,7 @@ const SUITES: &[Suite] = &[
         name: "net",
         about: "packets between host and guest, on machines of its own",
         quick: false,
+        on_request: false,
         place: Place::DevVmStatic,
     },
     Suite {

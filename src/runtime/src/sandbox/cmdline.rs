@@ -7,7 +7,7 @@ use crate::config::Config;
 
 /// The console is polled and says nothing while all is well, and still holds the reason when it
 /// isn't; no serial port is probed for. `quiet` comes first: from `earlycon` on, all that was
-/// logged before goes out a byte an exit. There is no IOAPIC to find.
+/// logged before goes out a byte an exit.
 const QUIET: &str = "quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts=0";
 
 /// A console that shows the whole boot.
