@@ -116,7 +116,7 @@ fn built(command: &mut Command, name: &str) -> Result<PathBuf> {
         .with_context(|| format!("`{line}` built no program {name}"))
 }
 
-/// Builds the shim.
+/// Builds the shim, and `kata-ctl` beside it.
 pub(crate) fn runtime(profile: Profile) -> Result<PathBuf> {
     packages::ensure("building the runtime", &[any("gcc"), any("libc6-dev")])?;
     progress::run(cargo("build", profile)?.args(["--package", "runtime"]))?;

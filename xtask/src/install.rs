@@ -3,7 +3,7 @@
 
 use crate::build::{self, Profile};
 use crate::guest::{self, Guest, kernel::Flavour};
-use crate::progress;
+use crate::{progress, workspace};
 use anyhow::{Context, Result};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -24,7 +24,10 @@ impl Installed {
     }
 }
 
-/// The files of an installation.
+/// The configuration's place below a prefix: every key, with its default.
+const CONFIGURATION: &str = "share/defaults/kata-containers/configuration.toml";
+
+/// The files of an installation; `kata-ctl` was built beside the shim.
 pub(crate) fn files(shim: &Path, guest: &Guest) -> Vec<Installed> {
     // The runtime looks for the guest's files beside its own `bin`.
     vec![
@@ -32,6 +35,16 @@ pub(crate) fn files(shim: &Path, guest: &Guest) -> Vec<Installed> {
             from: shim.to_owned(),
             to: build::SHIM.into(),
             mode: 0o755,
+        },
+        Installed {
+            from: shim.with_file_name("kata-ctl"),
+            to: "bin/kata-ctl".into(),
+            mode: 0o755,
+        },
+        Installed {
+            from: workspace::root().join("src/runtime/config/configuration.toml"),
+            to: CONFIGURATION.into(),
+            mode: 0o644,
         },
         Installed {
             from: guest.kernel.clone(),
