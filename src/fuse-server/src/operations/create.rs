@@ -2,7 +2,7 @@
 //! Making inodes. All of it happens as the guest's caller, so that the host decides on owner,
 //! group, set-id bits and default ACLs as it would for a local process.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{
     Dev, FileType, Mode, OFlags, StatVfsMountFlags, fstatvfs, makedev, mkdirat, mknodat, openat2,
@@ -15,7 +15,8 @@ use super::file::{host_flags, kills_set_id};
 use super::lookup::RESOLVE;
 use crate::call::{Answer, Call};
 use crate::inode::Inode;
-use crate::protocol::{CreateIn, MkdirIn, MknodIn, OpenOut, PATH_MAX, Wire};
+use crate::protocol::{CreateIn, EntryOut, MkdirIn, MknodIn, OpenOut, PATH_MAX, Wire};
+use crate::quota::Permit;
 use crate::server::Server;
 
 impl Server {
@@ -93,17 +94,7 @@ impl Server {
             }
             Err(errno) => return Err(errno),
         };
-        let open_flags = self.open_reply_flags(&inode, &file, flags);
-        let fh = self.handles.add_file(file, permit);
-        call.scratch.clear();
-        entry.put(call.scratch);
-        OpenOut {
-            fh,
-            open_flags,
-            backing_id: 0,
-        }
-        .put(call.scratch);
-        call.answer_scratch()
+        self.answer_opened(call, (&entry, &inode), (file, flags), permit)
     }
 
     pub(crate) fn tmpfile(&self, call: &mut Call<'_>) -> Answer {
@@ -121,7 +112,18 @@ impl Server {
         })?;
         let path = self.proc.reopen(file.as_fd(), OFlags::PATH)?;
         let (entry, inode) = self.entry_of(call.session, &parent, path)?;
-        let open_flags = self.open_reply_flags(&inode, &file, flags);
+        self.answer_opened(call, (&entry, &inode), (file, flags), permit)
+    }
+
+    /// The answer to what makes a file and opens it: an entry, and what open(2) would have said.
+    fn answer_opened(
+        &self,
+        call: &mut Call<'_>,
+        (entry, inode): (&EntryOut, &Inode),
+        (file, flags): (OwnedFd, OFlags),
+        permit: Permit,
+    ) -> Answer {
+        let open_flags = self.open_reply_flags(inode, &file, flags);
         let fh = self.handles.add_file(file, permit);
         call.scratch.clear();
         entry.put(call.scratch);
