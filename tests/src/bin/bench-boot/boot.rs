@@ -64,9 +64,9 @@ fn our_command(settings: &Settings) -> Result<Command> {
     let mut command = Command::new(boot);
     command
         .arg("--kernel")
-        .arg(&settings.kernel)
+        .arg(settings.kernel()?)
         .arg("--image")
-        .arg(&settings.image);
+        .arg(settings.image()?);
     command.args(["--memory", "256", "--wait", "init"]);
     Ok(command)
 }
@@ -87,9 +87,9 @@ fn qemu_command(settings: &Settings) -> Result<Command> {
     ]);
     command
         .arg("-kernel")
-        .arg(&settings.kernel)
+        .arg(settings.kernel()?)
         .args(["-append", PARAMETERS]);
-    command.args(["-drive", &drive(&settings.image)?]);
+    command.args(["-drive", &drive(&settings.image()?)?]);
     command.args(["-device", "virtio-blk-device,drive=root"]);
     command.args(["-device", "isa-debug-exit,iobase=0x80,iosize=1"]);
     Ok(command)
@@ -109,7 +109,7 @@ fn drive(image: &Path) -> Result<String> {
 
 /// Fails where a pair can't be run at all.
 pub(crate) fn check(settings: &Settings) -> Result<()> {
-    for (what, path) in [("kernel", &settings.kernel), ("image", &settings.image)] {
+    for (what, path) in [("kernel", settings.kernel()?), ("image", settings.image()?)] {
         if !path.exists() {
             bail!("no {what} at {}", path.display());
         }

@@ -119,7 +119,7 @@ pub(crate) fn sizes(settings: &Settings) -> Result<Vec<Row>> {
         Ok(())
     };
     size("shim's binary", &settings.shim, "12 MiB")?;
-    size("guest image", &settings.image, "12 MiB")?;
+    size("guest image", &settings.image()?, "12 MiB")?;
     if let Some(agent) = &settings.agent {
         size("agent's binary", agent, "4 MiB")?;
     }

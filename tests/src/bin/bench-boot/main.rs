@@ -14,18 +14,19 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use clap::Parser;
 use tests::ctr::Ctr;
+use tests::installed::installed;
 
 #[derive(Debug, Parser)]
 struct Settings {
     /// Our `boot` example; without it the boots are left out.
     #[arg(long)]
     boot: Option<PathBuf>,
-    /// Guest kernel.
-    #[arg(long, default_value = "/usr/share/kata-containers/vmlinux.container")]
-    kernel: PathBuf,
-    /// Guest image.
-    #[arg(long, default_value = "/usr/share/kata-containers/kata-containers.img")]
-    image: PathBuf,
+    /// Guest kernel; the installed one where absent.
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// Guest image; the installed one where absent.
+    #[arg(long)]
+    image: Option<PathBuf>,
     /// The shim's binary.
     #[arg(long, default_value = "/usr/local/bin/containerd-shim-kata-v2")]
     shim: PathBuf,
@@ -38,6 +39,20 @@ struct Settings {
     /// Leave out what needs containerd.
     #[arg(long)]
     boots_only: bool,
+}
+
+impl Settings {
+    fn kernel(&self) -> Result<PathBuf> {
+        self.kernel
+            .clone()
+            .map_or_else(|| installed("vmlinux.container"), Ok)
+    }
+
+    fn image(&self) -> Result<PathBuf> {
+        self.image
+            .clone()
+            .map_or_else(|| installed("kata-containers.img"), Ok)
+    }
 }
 
 fn main() -> Result<()> {
