@@ -66,6 +66,8 @@ const NEEDED: [Cap; 7] = [
 pub struct Vm {
     kvm: Kvm,
     vm: Arc<VmFd>,
+    /// One, as KVM takes all routes at once.
+    router: Arc<msi::Router>,
 }
 
 impl Vm {
@@ -106,7 +108,8 @@ impl Vm {
                 .map_err(refused("turn performance counters off"))?;
         }
         let vm = Arc::new(vm);
-        Ok(Self { kvm, vm })
+        let router = Arc::new(msi::Router::new(Arc::clone(&vm)));
+        Ok(Self { kvm, vm, router })
     }
 
     /// The system handle.
@@ -139,7 +142,7 @@ impl Vm {
     /// Gives out interrupts.
     #[must_use]
     pub fn interrupts(&self) -> Arc<dyn MsiController> {
-        Arc::new(msi::Router::new(Arc::clone(&self.vm)))
+        Arc::clone(&self.router) as _
     }
 
     /// Attaches doorbells.
