@@ -345,6 +345,7 @@ fn it_is_pulled_out(wire: &mut Wire) -> Result<()> {
 fn it_is_pulled_out_under_load(wire: &mut Wire) -> Result<()> {
     let card = wire.card;
     let mut stream = card.connect(SINK)?;
+    let end = stream.try_clone()?;
     let writer = thread::spawn(move || Pattern::new().send(&mut stream, u64::MAX));
     // Under way for sure.
     let begin = host_counters(card)?.sent.1;
@@ -353,9 +354,12 @@ fn it_is_pulled_out_under_load(wire: &mut Wire) -> Result<()> {
         Ok((now.saturating_sub(begin) > 1 << 20).then_some(()))
     })?;
     detach(wire, card)?;
-    // The network is gone with its tap, and the stream with it.
+    // TCP would go on trying for minutes.
+    end.shutdown(Shutdown::Both)?;
     let sent = writer.join().map_err(|_| anyhow!("a thread panicked"))?;
-    ensure!(sent.is_err(), "the stream outlived its network");
+    ensure!(sent.is_err(), "the stream came to an end of its own");
+    // And the guest goes on.
+    ensure!(wire.tell("list . .")?.split(' ').all(|name| name != "eth0"));
     Ok(())
 }
 

@@ -71,8 +71,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes a VM of an open `/dev/kvm`. The local APICs are KVM's; there is no IOAPIC, PIC or
-    /// PIT: every interrupt is a message.
+    /// Makes a VM of an open `/dev/kvm`. The local APICs are KVM's; there is no PIC or PIT,
+    /// and the machine's I/O APIC sends messages as everything else does.
     ///
     /// # Errors
     /// Not KVM, too old, or out of resources.
@@ -93,7 +93,7 @@ impl Vm {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             ..Default::default()
         };
-        // No IOAPIC pins to keep routes for.
+        // No routes to keep for level-triggered pins: there are none.
         split.args = [0; 4];
         vm.enable_cap(&split)
             .map_err(refused("split the interrupt controller"))?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The state that a vCPU starts with: that of the PVH protocol on the first, "waiting for INIT"
-//! on the others. The local APICs are in x2APIC mode from the start: without an IOAPIC Linux
-//! would not switch to it, and an MSR costs less than a memory access.
+//! on the others. The local APICs are in x2APIC mode from the start: an MSR costs less than a
+//! memory access.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
