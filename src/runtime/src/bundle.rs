@@ -6,6 +6,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
 
 use crate::cli::check_id;
@@ -21,6 +23,9 @@ const SANDBOX_ID: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
 ];
+
+/// The file of a bundle that holds the runtime handler's options.
+pub(crate) const OPTIONS: &str = "runtime-options";
 
 /// A bundle's folder.
 #[derive(Debug, Clone)]
@@ -90,9 +95,20 @@ impl Bundle {
         membership(id, &text)
     }
 
-    pub(crate) fn write(&self, name: &str, text: &str) -> Result<()> {
+    /// The options of the runtime handler that `start` has kept, if any.
+    pub(crate) fn options(&self) -> Result<Option<Any>> {
+        let path = self.path.join(OPTIONS);
+        let context = || format!("read {}", path.display());
+        match fs::read(&path) {
+            Ok(bytes) => Any::parse_from_bytes(&bytes).internal(context).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).internal(context),
+        }
+    }
+
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path.join(name);
-        fs::write(&path, text).internal(|| format!("write {}", path.display()))
+        fs::write(&path, bytes).internal(|| format!("write {}", path.display()))
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use std::{env, fs, io};
 
 use futures_util::stream;
+use protobuf::well_known_types::any::Any;
 use protocols::containerd::sandbox_ttrpc::create_sandbox;
 use protocols::containerd::shim_ttrpc::create_task;
 use rustix::mount::{MountPropagationFlags, mount_change};
@@ -21,6 +22,7 @@ use tracing::{Level, info, warn};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
+use crate::bundle::Bundle;
 use crate::cli::Arguments;
 use crate::error::{Context, Result};
 use crate::events::Publisher;
@@ -47,6 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     });
     let listener = own_listener()?;
     let host = HostMounts::current()?;
+    let options = Bundle::open(None)?.options()?;
     detach()?;
     // One thread: the shim moves messages; what blocks goes to threads that end when idle.
     let runtime = runtime::Builder::new_current_thread()
@@ -55,7 +58,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .internal(|| "start the runtime".to_owned())?;
-    runtime.block_on(serve(arguments, listener, host))
+    runtime.block_on(serve(arguments, listener, options, host))
 }
 
 /// The listening socket that `start` passed as standard input, which becomes `/dev/null`.
@@ -82,14 +85,24 @@ fn detach() -> Result<()> {
     env::set_current_dir("/").internal(|| "change to /".to_owned())
 }
 
-async fn serve(arguments: &Arguments, listener: StdListener, host: HostMounts) -> Result<()> {
+async fn serve(
+    arguments: &Arguments,
+    listener: StdListener,
+    options: Option<Any>,
+    host: HostMounts,
+) -> Result<()> {
     let listener = UnixListener::from_std(listener).internal(|| "listen".to_owned())?;
     let path = listener
         .local_addr()
         .ok()
         .and_then(|it| it.as_pathname().map(ToOwned::to_owned));
     let events = Publisher::start(&arguments.namespace, env::var("TTRPC_ADDRESS").ok());
-    let shim = Arc::new(Shim::new(&arguments.namespace, events.clone(), host));
+    let shim = Arc::new(Shim::new(
+        &arguments.namespace,
+        options,
+        events.clone(),
+        host,
+    ));
     let tasks = Arc::new(TaskService::new(Arc::clone(&shim)));
     let sandboxes = Arc::new(SandboxService::new(Arc::clone(&shim)));
     let mut server = Server::new()

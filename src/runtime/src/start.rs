@@ -7,7 +7,7 @@
 //! is printed; the shim receives it as its standard input, so that no path and no number passes.
 
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,13 +15,19 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::umask;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, OPTIONS};
 use crate::cli::{Arguments, PROGRAM};
+use crate::config::is_ours;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::paths;
+
+/// The most that is read of the runtime handler's options.
+const MOST_OPTIONS: u64 = 1 << 20;
 
 /// Starts a shim, or finds the one of the container's pod.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
@@ -33,6 +39,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             format!("the shim of sandbox {} does not answer", sandbox.id())
         })?;
     } else {
+        keep_options(&bundle, io::stdin())?;
         let listener = listen(&socket)?;
         if let Err(error) = spawn(arguments, &bundle, listener) {
             // The socket is ours; where removing it fails too, the first error says more.
@@ -42,12 +49,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let address = format!("unix://{}", socket.display());
     // containerd reads this file when it comes up again beside a running shim.
-    bundle.write("address", &address)?;
+    bundle.write("address", address.as_bytes())?;
     let mut output = io::stdout();
     output
         .write_all(address.as_bytes())
         .and_then(|()| output.flush())
         .internal(|| "print the address".to_owned())
+}
+
+/// Keeps the runtime handler's options for the shim: containerd passes them on standard input, and
+/// with the sandbox API nowhere else. They end with the bundle.
+fn keep_options(bundle: &Bundle, input: impl Read + IsTerminal) -> Result<()> {
+    if input.is_terminal() {
+        return Ok(());
+    }
+    let mut bytes = Vec::new();
+    input
+        .take(MOST_OPTIONS)
+        .read_to_end(&mut bytes)
+        .internal(|| "read the options from standard input".to_owned())?;
+    // containerd 2.3 writes more than the options; they come by the request as well.
+    match Any::parse_from_bytes(&bytes) {
+        Ok(any) if is_ours(&any) => bundle.write(OPTIONS, &bytes),
+        _ => Ok(()),
+    }
 }
 
 /// Makes the socket, for root only. A dead shim's socket is replaced.
@@ -95,7 +120,7 @@ fn spawn(arguments: &Arguments, bundle: &Bundle, listener: UnixListener) -> Resu
         command.arg("-debug");
     }
     let shim = command.spawn().internal(|| "start the shim".to_owned())?;
-    bundle.write("shim.pid", &shim.id().to_string())?;
+    bundle.write("shim.pid", shim.id().to_string().as_bytes())?;
     adjust_oom_score(shim.id());
     Ok(())
 }
@@ -132,6 +157,29 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn the_handler_s_options_are_kept_for_the_shim() {
+        let root = tempfile::tempdir().unwrap();
+        let bundle = Bundle::open(Some(root.path())).unwrap();
+        let keep = |content: &[u8]| {
+            let path = root.path().join("input");
+            fs::write(&path, content).unwrap();
+            keep_options(&bundle, fs::File::open(path).unwrap()).unwrap();
+            bundle.options().unwrap()
+        };
+        assert_eq!(keep(b""), None);
+        assert_eq!(keep(b"no message"), None);
+        let mut any = Any {
+            type_url: "runtimeoptions.v1.Options".to_owned(),
+            value: b"\x12\x02/c".to_vec(),
+            ..Any::default()
+        };
+        assert_eq!(keep(&any.write_to_bytes().unwrap()), Some(any.clone()));
+        fs::remove_file(root.path().join(OPTIONS)).unwrap();
+        any.type_url = "t1".to_owned();
+        assert_eq!(keep(&any.write_to_bytes().unwrap()), None);
+    }
 
     #[test]
     fn a_dead_shim_s_socket_is_replaced_and_a_live_one_s_is_not() {

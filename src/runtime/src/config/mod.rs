@@ -29,6 +29,7 @@ use self::file::{Files, Reasons};
 use self::keys::Key;
 pub(crate) use self::lookup::Named;
 use self::lookup::Source;
+pub(crate) use self::options::is_ours;
 use crate::error::Result;
 
 /// Where kernel and image are, below the folder that the program is installed in.

@@ -13,16 +13,28 @@ use crate::error::{Context, Kind, Result, ShimError};
 /// The options' names on the wire: today's, and that of containerd before 1.3.
 const NAMES: [&str; 2] = ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"];
 
+/// Whether these are options of ours.
+pub(crate) fn is_ours(any: &Any) -> bool {
+    NAMES.contains(&name(any))
+}
+
+fn name(any: &Any) -> &str {
+    any.type_url.rsplit('/').next().unwrap_or_default()
+}
+
 /// The configuration that the options name, if any.
 pub(super) fn named(options: Option<&Any>) -> Result<Option<Named>> {
     let Some(any) = options.filter(|any| !any.value.is_empty()) else {
         return Ok(None);
     };
-    let name = any.type_url.rsplit('/').next().unwrap_or_default();
-    if !NAMES.contains(&name) {
+    if !is_ours(any) {
         return Err(ShimError::new(
             Kind::InvalidArgument,
-            format!("runtime options of type {name:?}: wants {}", NAMES[0]),
+            format!(
+                "runtime options of type {:?}: wants {}",
+                name(any),
+                NAMES[0]
+            ),
         ));
     }
     let options = Options::parse_from_bytes(&any.value)

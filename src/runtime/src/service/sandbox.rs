@@ -103,7 +103,7 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
     // The task API's lock on names: two creates at once are one too many.
     let _reservation = shim.registry.reserve(id)?;
     let pod = pod_config(request.options.as_ref())?;
-    let config = Config::for_sandbox(None, &pod.annotations)?;
+    let config = Config::for_sandbox(shim.options.as_ref(), &pod.annotations)?;
     let plan = Plan::of_config(&pod, &request.netns_path, &config)?;
     let sandbox = create::boot(&shim, id, config, plan, |_| Ok(())).await?;
     let stdio = Stdio::default();

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use protobuf::well_known_types::any::Any;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 use tracing::{debug, warn};
@@ -21,6 +22,8 @@ const LINGER: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Shim {
     pub(super) namespace: String,
+    /// The options of the runtime handler, as `start` got them.
+    pub(super) options: Option<Any>,
     pub(super) registry: Arc<Registry>,
     pub(super) events: Publisher,
     /// Where hooks run.
@@ -38,9 +41,15 @@ pub(super) struct Standing {
 }
 
 impl Shim {
-    pub(crate) fn new(namespace: &str, events: Publisher, host: HostMounts) -> Self {
+    pub(crate) fn new(
+        namespace: &str,
+        options: Option<Any>,
+        events: Publisher,
+        host: HostMounts,
+    ) -> Self {
         Self {
             namespace: namespace.to_owned(),
+            options,
             registry: Arc::default(),
             events,
             host,
