@@ -30,6 +30,15 @@ const CONFIGURATIONS: [(&str, &str); 3] = [
     ),
 ];
 
+/// Whether containerd asks the runtime itself for a pod's sandbox.
+///
+/// A handler has no options then: containerd 2.1 takes them for runc's when it starts a container,
+/// and fails (containerd/containerd#12986).
+#[must_use]
+pub fn by_sandbox_api() -> bool {
+    env::var(SANDBOXER).is_ok_and(|sandboxer| sandboxer == "shim")
+}
+
 /// How containerd's configuration is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dialect {
@@ -90,18 +99,19 @@ impl Dialect {
             "the snippet for {self:?} defines no runtime handler kata"
         );
         let mut snippet = snippet.replace("runtimes.kata]", &format!("runtimes.{name}]"));
-        if let Ok(sandboxer) = env::var(SANDBOXER) {
+        snippet += &format!("cni_conf_dir = {network:?}\n");
+        if by_sandbox_api() {
             ensure!(
                 snippet.contains("\"podsandbox\""),
                 "the snippet for {self:?} has no choice of a sandboxer"
             );
-            snippet = snippet.replace("\"podsandbox\"", &format!("{sandboxer:?}"));
+            return Ok(snippet.replace("\"podsandbox\"", "\"shim\""));
         }
-        Ok(format!(
-            "{snippet}cni_conf_dir = {network:?}\n\
-             [{cri}.containerd.runtimes.{name}.options]\nConfigPath = {configuration:?}\n",
+        snippet += &format!(
+            "[{cri}.containerd.runtimes.{name}.options]\nConfigPath = {configuration:?}\n",
             cri = self.plugin(),
-        ))
+        );
+        Ok(snippet)
     }
 
     /// A handler of runc.
@@ -137,6 +147,7 @@ pub(crate) fn tables(dialect: Dialect, folder: &Path, networks: &Networks) -> Re
     })
 }
 
-fn configuration(folder: &Path, name: &str) -> PathBuf {
+/// Where a configuration of our runtime is; the usual one has no name.
+pub(crate) fn configuration(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("configuration{name}.toml"))
 }

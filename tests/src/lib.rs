@@ -7,7 +7,7 @@ pub mod cni;
 pub mod containerd;
 pub mod cri;
 pub mod ctr;
-mod handlers;
+pub mod handlers;
 pub mod installed;
 pub mod leaks;
 pub mod machine;

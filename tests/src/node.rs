@@ -18,7 +18,7 @@ use crate::cri::messages::{
 };
 use crate::cri::{Cri, LIMIT};
 use crate::ctr::{CRI_NAMESPACE, Ctr};
-use crate::handlers::{Dialect, PAUSE, tables};
+use crate::handlers::{Dialect, PAUSE, by_sandbox_api, configuration, tables};
 use crate::wait::until;
 
 /// Folder of the programs of another containerd, 2.x, than the machine's.
@@ -66,9 +66,12 @@ impl Node {
             None => Dialect::One,
         };
         let tables = tables(dialect, folder.path(), &networks)?;
+        let usual = configuration(folder.path(), "");
+        let usual = [("KATA_CONF_FILE", usual.as_path())];
         let containerd = Containerd::start_empty(
             &ctr,
             &Options {
+                environment: if by_sandbox_api() { &usual } else { &[] },
                 tables: Some(&tables),
                 programs: programs.as_deref(),
                 ..Options::default()

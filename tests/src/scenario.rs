@@ -67,7 +67,7 @@ pub fn vm_scenario(name: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome
     if ctr.has_vm() {
         return scenario(body);
     }
-    leave_out(name, &ctr)
+    leave_out(name, &format!("{} has no VM", ctr.runtime()))
 }
 
 /// The same on a node.
@@ -76,13 +76,14 @@ pub fn pod_vm_scenario(name: &str, body: impl FnOnce(&Node) -> Result<()>) -> Ou
     if ctr.has_vm() {
         return pod_scenario(body);
     }
-    leave_out(name, &ctr)
+    leave_out(name, &format!("{} has no VM", ctr.runtime()))
 }
 
-fn leave_out(name: &str, ctr: &Ctr) -> Outcome {
+/// Leaves a test out, by name and with the reason, for all to see.
+pub fn leave_out(name: &str, reason: &str) -> Outcome {
     // Past the harness's capture of what a passing test prints.
-    let line = format!("left out: {name} ({} has no VM)", ctr.runtime());
-    writeln!(std::io::stderr(), "{line}").map_err(|error| Failure(error.into()))
+    writeln!(std::io::stderr(), "left out: {name} ({reason})")
+        .map_err(|error| Failure(error.into()))
 }
 
 /// What a test returns.
