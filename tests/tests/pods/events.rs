@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 use tests::cri::LIMIT;
 use tests::cri::messages::LinuxContainerResources;
+use tests::handlers::by_sandbox_api;
 use tests::node::Node;
 use tests::pod::{Pod, Spec};
 use tests::scenario::{Outcome, pod_scenario};
@@ -82,6 +83,11 @@ fn every_event_comes_once_and_in_order() -> Outcome {
             ("first", &reference[1], &ours[1]),
             ("second", &reference[2], &ours[2]),
         ] {
+            // By the sandbox API a pod is no task. What is told of it is containerd's own: that a
+            // shim has gone.
+            if name == "pod" && by_sandbox_api() {
+                continue;
+            }
             ensure!(theirs == ours, "{name}: runc's {theirs:#?}, ours {ours:#?}");
         }
         Ok(())
