@@ -8,6 +8,8 @@ pub mod net;
 mod pci;
 mod queue;
 pub mod rng;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod test_ring;
 pub mod vsock;
 mod worker;
 

@@ -6,6 +6,8 @@
 
 mod control;
 mod device;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod pair;
 mod receive;
 mod tap;
