@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! cgroup v2: one leaf a container, its limits, its devices, its end.
 
+mod cpuset;
 mod devices;
 mod events;
 mod resources;

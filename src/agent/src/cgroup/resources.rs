@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Limits of the OCI spec, in the words of cgroup v2. On the wire 0 means "not given".
 
+use std::fs;
+use std::path::Path;
+
 use protocols::agent::oci::{
     LinuxBlockIO, LinuxCPU, LinuxHugepageLimit, LinuxMemory, LinuxPids, LinuxResources,
     LinuxThrottleDevice,
 };
 
-use super::Cgroup;
+use super::{Cgroup, cpuset};
 use crate::error::{AgentError, Result};
 
 /// Applies what is given.
@@ -44,6 +47,7 @@ fn settings(cgroup: &Cgroup, resources: &LinuxResources) -> Result<Settings> {
     }
     if let Some(cpu) = resources.CPU.as_ref() {
         cpu_settings(cpu, &mut settings)?;
+        cpuset_settings(cpu, cgroup, &mut settings)?;
     }
     if let Some(pids) = resources.Pids.as_ref() {
         pids_settings(pids, &mut settings);
@@ -51,7 +55,11 @@ fn settings(cgroup: &Cgroup, resources: &LinuxResources) -> Result<Settings> {
     if let Some(io) = resources.BlockIO.as_ref() {
         io_settings(io, cgroup.has("io.bfq.weight"), &mut settings)?;
     }
-    hugepage_settings(&resources.HugepageLimits, &mut settings)?;
+    hugepage_settings(
+        &resources.HugepageLimits,
+        |file| cgroup.has(file),
+        &mut settings,
+    )?;
     Ok(settings)
 }
 
@@ -143,11 +151,33 @@ fn cpu_settings(cpu: &LinuxCPU, settings: &mut Settings) -> Result<()> {
         let period = if cpu.Period == 0 { 100_000 } else { cpu.Period };
         add(settings, "cpu.max", &format!("{quota} {period}"));
     }
-    if !cpu.Cpus.is_empty() {
-        add(settings, "cpuset.cpus", &cpu.Cpus);
-    }
-    if !cpu.Mems.is_empty() {
-        add(settings, "cpuset.mems", &cpu.Mems);
+    Ok(())
+}
+
+/// Sets of CPUs and memory nodes are numbered as on the host. The guest keeps what it has of them;
+/// with none of them, all that it has will do.
+fn cpuset_settings(cpu: &LinuxCPU, cgroup: &Cgroup, settings: &mut Settings) -> Result<()> {
+    for (wanted, field, file) in [
+        (&cpu.Cpus, "cpu.cpus", "cpuset.cpus"),
+        (&cpu.Mems, "cpu.mems", "cpuset.mems"),
+    ] {
+        if wanted.is_empty() {
+            continue;
+        }
+        let wrong = || AgentError::invalid(format!("linux.resources.{field}: {wanted:?}"));
+        let wanted = cpuset::parse(wanted).ok_or_else(wrong)?;
+        let file_of_guest = Path::new(super::ROOT).join(format!("{file}.effective"));
+        let guest = fs::read_to_string(&file_of_guest)
+            .ok()
+            .and_then(|text| cpuset::parse(text.trim()))
+            .unwrap_or_default();
+        let both = cpuset::within(&wanted, &guest);
+        if !both.is_empty() {
+            add(settings, file, &cpuset::words(&both));
+        } else if cgroup.read(file).is_ok_and(|set| !set.trim().is_empty()) {
+            // A set that has processes can't be made empty again.
+            add(settings, file, &cpuset::words(&guest));
+        }
     }
     Ok(())
 }
@@ -221,7 +251,11 @@ fn io_settings(io: &LinuxBlockIO, has_bfq: bool, settings: &mut Settings) -> Res
     Ok(())
 }
 
-fn hugepage_settings(limits: &[LinuxHugepageLimit], settings: &mut Settings) -> Result<()> {
+fn hugepage_settings(
+    limits: &[LinuxHugepageLimit],
+    has: impl Fn(&str) -> bool,
+    settings: &mut Settings,
+) -> Result<()> {
     for limit in limits {
         // Part of a file's name: "2MB", "1GB".
         let plain = |letter: char| letter.is_ascii_alphanumeric();
@@ -232,6 +266,10 @@ fn hugepage_settings(limits: &[LinuxHugepageLimit], settings: &mut Settings) -> 
             )));
         }
         let file = format!("hugetlb.{}.max", limit.Pagesize);
+        // The kubelet forbids all sizes of the host. Those that the guest lacks nobody can use.
+        if limit.Limit == 0 && !has(&file) {
+            continue;
+        }
         add(settings, &file, &limit.Limit);
     }
     Ok(())
@@ -317,6 +355,22 @@ mod tests {
             Pagesize: "../x".to_owned(),
             ..LinuxHugepageLimit::default()
         };
-        hugepage_settings(&[limit], &mut Settings::new()).unwrap_err();
+        hugepage_settings(&[limit], |_| true, &mut Settings::new()).unwrap_err();
+    }
+
+    #[test]
+    fn a_page_size_that_is_not_there_may_be_forbidden() {
+        let limits =
+            [("1GB", 0), ("2MB", 0), ("16GB", 5)].map(|(size, limit)| LinuxHugepageLimit {
+                Pagesize: size.to_owned(),
+                Limit: limit,
+                ..LinuxHugepageLimit::default()
+            });
+        let mut settings = Settings::new();
+        hugepage_settings(&limits, |file| file == "hugetlb.2MB.max", &mut settings).unwrap();
+        assert_eq!(
+            settings,
+            [pair("hugetlb.2MB.max", "0"), pair("hugetlb.16GB.max", "5")]
+        );
     }
 }

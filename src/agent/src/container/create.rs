@@ -69,6 +69,9 @@ async fn build(
     namespaces.extend(shared);
     let process_plan = plan.process.clone();
     let own_pids = plan.new_namespaces.contains(&Namespace::Pid);
+    let network = Namespace::Network;
+    let own_network =
+        plan.new_namespaces.contains(&network) || plan.joined_namespaces.contains(&network);
     let cgroup = Cgroup::create(linux, &request.container_id)?;
     let launched = sandbox
         .launcher
@@ -113,6 +116,7 @@ async fn build(
             Entry::Live(Arc::clone(&init)),
         )])),
         init,
+        own_network,
         plan: process_plan,
         stage: Mutex::new(Stage::Created(gate)),
         held: Mutex::default(),

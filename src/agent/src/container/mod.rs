@@ -40,6 +40,8 @@ pub(crate) struct Container {
     init_id: String,
     cgroup: Cgroup,
     init: Arc<Process>,
+    /// Not the guest's.
+    own_network: bool,
     /// What execs inherit.
     plan: ProcessPlan,
     stage: Mutex<Stage>,

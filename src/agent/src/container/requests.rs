@@ -174,7 +174,10 @@ pub(crate) fn stats(
     request: &StatsContainerRequest,
 ) -> Result<StatsContainerResponse> {
     let container = sandbox.container(&request.container_id)?;
-    let interfaces = fs::read_to_string(format!("/proc/{}/net/dev", container.init.pid()));
+    let interfaces = match container.own_network {
+        true => fs::read_to_string(format!("/proc/{}/net/dev", container.init.pid())),
+        false => fs::read_to_string("/proc/self/net/dev"),
+    };
     Ok(StatsContainerResponse {
         cgroup_stats: Some(container.cgroup.stats()).into(),
         network_stats: network(&interfaces.unwrap_or_default()),

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, open_tree,
 };
 
 use super::MountOptions;
@@ -26,16 +27,7 @@ pub(crate) fn filesystem(kind: &str, source: &str, options: &MountOptions) -> Re
         fsconfig_set_string(context.as_fd(), "source", source)
             .context(|| format!("source {source:?}"))?;
     }
-    for (key, value) in &options.parameters {
-        let set = match value {
-            Some(value) => fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str()),
-            None => fsconfig_set_flag(context.as_fd(), key.as_str()),
-        };
-        set.map_err(|error| {
-            AgentError::io(format!("option {key:?}{}", complaint(&context)), error)
-                .with_kind(Kind::InvalidArgument)
-        })?;
-    }
+    set_parameters(&context, options)?;
     fsconfig_create(context.as_fd())
         .map_err(|error| AgentError::io(format!("{kind}{}", complaint(&context)), error))?;
     let attributes = u32::try_from(options.attributes().set).unwrap_or_default();
@@ -46,6 +38,41 @@ pub(crate) fn filesystem(kind: &str, source: &str, options: &MountOptions) -> Re
     )
     .context(|| format!("mount attributes of {kind}"))?;
     Ok(mount)
+}
+
+fn set_parameters(context: &OwnedFd, options: &MountOptions) -> Result<()> {
+    for (key, value) in &options.parameters {
+        let set = match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str()),
+            None => fsconfig_set_flag(context.as_fd(), key.as_str()),
+        };
+        set.map_err(|error| {
+            AgentError::io(format!("option {key:?}{}", complaint(context)), error)
+                .with_kind(Kind::InvalidArgument)
+        })?;
+    }
+    Ok(())
+}
+
+/// Gives the file system that is mounted at `path` other parameters.
+///
+/// # Errors
+///
+/// A path through a link or that is no mount point; the kernel's reason.
+pub(crate) fn reconfigure(path: &Path, options: &MountOptions) -> Result<()> {
+    let root = openat2(
+        CWD,
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::NO_SYMLINKS,
+    )
+    .context(|| "open")?;
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let context = fspick(&root, "", flags).context(|| "look at the mount")?;
+    set_parameters(&context, options)?;
+    fsconfig_reconfigure(context.as_fd())
+        .map_err(|error| AgentError::io(format!("reconfigure{}", complaint(&context)), error))
 }
 
 /// Makes a detached copy of the mount at `source`, a path of this mount namespace.

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The ttrpc server: services `grpc.AgentService` and `grpc.Health`.
 
+mod files;
 mod guest;
 mod health;
+mod metrics;
 mod readiness;
 mod service;
 

@@ -26,13 +26,15 @@ use protocols::agent::agent::{
 use protocols::agent::agent_ttrpc::AgentService;
 use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::types::Interface;
+use tokio::task::spawn_blocking;
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::guest;
+use super::{files, guest, metrics};
 use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
 use crate::network;
 use crate::sandbox::Sandbox;
+use crate::storage;
 
 /// The service of one sandbox.
 #[derive(Debug)]
@@ -56,6 +58,16 @@ async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(error) => Err(AgentError::internal(format!("task: {error}"))),
+    }
+}
+
+/// Runs work that may wait for a file system on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(AgentError::internal(format!("task: {error}"))),
     }
@@ -145,9 +157,10 @@ impl AgentService for Agent {
     async fn update_ephemeral_mounts(
         &self,
         _: &TtrpcContext,
-        _: UpdateEphemeralMountsRequest,
+        request: UpdateEphemeralMountsRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("remounting of ephemeral storages")
+        blocking(move || request.storages.iter().try_for_each(storage::remount)).await?;
+        Ok(Empty::new())
     }
 
     async fn stats_container(
@@ -312,7 +325,10 @@ impl AgentService for Agent {
     }
 
     async fn get_metrics(&self, _: &TtrpcContext, _: GetMetricsRequest) -> ttrpc::Result<Metrics> {
-        unimplemented("metrics of the guest")
+        Ok(Metrics {
+            metrics: metrics::text(),
+            ..Default::default()
+        })
     }
 
     async fn mem_agent_memcg_set(
@@ -354,9 +370,10 @@ impl AgentService for Agent {
     async fn online_cpu_mem(
         &self,
         _: &TtrpcContext,
-        _: OnlineCPUMemRequest,
+        request: OnlineCPUMemRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("the guest kernel onlines hot-plugged processors and memory by itself")
+        guest::online(&request, self.sandbox.hotplug_timeout).await?;
+        Ok(Empty::new())
     }
 
     async fn reseed_random_dev(
@@ -393,8 +410,9 @@ impl AgentService for Agent {
         Ok(Empty::new())
     }
 
-    async fn copy_file(&self, _: &TtrpcContext, _: CopyFileRequest) -> ttrpc::Result<Empty> {
-        unimplemented("copying of files")
+    async fn copy_file(&self, _: &TtrpcContext, request: CopyFileRequest) -> ttrpc::Result<Empty> {
+        blocking(move || files::copy(&request)).await?;
+        Ok(Empty::new())
     }
 
     async fn get_oom_event(
@@ -420,9 +438,9 @@ impl AgentService for Agent {
     async fn get_volume_stats(
         &self,
         _: &TtrpcContext,
-        _: VolumeStatsRequest,
+        request: VolumeStatsRequest,
     ) -> ttrpc::Result<VolumeStatsResponse> {
-        unimplemented("statistics of volumes")
+        Ok(blocking(move || files::volume_stats(&request.volume_guest_path)).await?)
     }
 
     async fn resize_volume(

@@ -109,6 +109,27 @@ fn ephemeral(storage: &Storage) -> Result<Mounted> {
     Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
 }
 
+/// UpdateEphemeralMounts: gives an ephemeral storage that is mounted other options, such as a size.
+///
+/// # Errors
+///
+/// Another driver, a place that is no mount point, or the kernel's reason.
+pub(crate) fn remount(storage: &Storage) -> Result<()> {
+    let named = |error: AgentError| {
+        let line = format!("remount {:?}: {}", storage.mount_point, error.line());
+        AgentError::new(error.kind(), line)
+    };
+    if storage.driver != "ephemeral" {
+        return Err(named(AgentError::invalid(format!(
+            "storage driver {:?} is not \"ephemeral\"",
+            storage.driver
+        ))));
+    }
+    let (_, options) = take_group(storage).map_err(named)?;
+    let options = MountOptions::parse(&options).map_err(named)?;
+    mount::reconfigure(Path::new(&storage.mount_point), &options).map_err(named)
+}
+
 /// A folder of the guest.
 fn local(storage: &Storage) -> Result<Mounted> {
     let (group, options) = take_group(storage)?;

@@ -13,7 +13,7 @@ use protocols::agent::agent::Storage;
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
-pub(crate) use driver::DRIVERS;
+pub(crate) use driver::{DRIVERS, remount};
 
 use crate::error::{AgentError, Result};
 

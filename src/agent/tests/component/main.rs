@@ -19,5 +19,6 @@ mod isolation;
 mod lifecycle;
 mod network;
 mod pod;
+mod resources;
 mod rig;
 mod streams;

@@ -338,6 +338,11 @@ impl Rig {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// The cgroup that is the root of the agent's hierarchy.
+    pub fn cgroup(&self, name: &str) -> PathBuf {
+        self.process.cgroup.join(name)
+    }
+
     /// The agent's pid as the host sees it.
     pub fn pid(&self) -> Result<u32> {
         let path = format!("/proc/{0}/task/{0}/children", self.process.process.id());
