@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::cgroup::Cgroup;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::process::ProcessId;
 
@@ -32,6 +33,8 @@ pub(crate) enum Object {
     File(PathBuf),
     /// A process that ends with the sandbox.
     Process(ProcessId),
+    /// The cgroup of its machine.
+    Cgroup(Cgroup),
 }
 
 /// The list of a sandbox's objects.
@@ -160,6 +163,7 @@ fn remove(object: &Object) -> io::Result<()> {
         Object::Folder(path) => gone(fs::remove_dir(path)),
         Object::File(path) => gone(fs::remove_file(path)),
         Object::Process(process) => process.kill(KILL_TIMEOUT),
+        Object::Cgroup(cgroup) => cgroup.remove(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! It is made with its first container: one that has it to itself, or the one that stands for a
 //! pod, and lives as long as that. Every object that it makes on the host is in the journal first.
 
+mod cgroup;
 mod cmdline;
 mod cpus;
 pub(crate) mod journal;
@@ -29,6 +30,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use self::cgroup::Cgroup;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
@@ -140,6 +142,10 @@ impl Booting {
         } else {
             None
         };
+        let cgroup = match &plan.pod {
+            Some(pod) => Cgroup::create(&pod.cgroup, journal)?,
+            None => None,
+        };
         info!(sandbox = id, vcpus, memory_mib, "booting");
         let started = share.open().and_then(|directory| {
             Vm::start(&Machine {
@@ -153,6 +159,7 @@ impl Booting {
                 image,
                 share: directory,
                 vsock: vsock.into(),
+                cgroup,
                 console,
             })
         });

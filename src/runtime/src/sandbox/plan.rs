@@ -50,6 +50,8 @@ pub(crate) struct PodPlan {
     pub(crate) dns: Vec<String>,
     /// The size of the shared memory, in bytes.
     pub(crate) shm_size: u64,
+    /// The machine's cgroup on the host; empty for none.
+    pub(crate) cgroup: String,
     /// Kernel parameters of the pod's namespaces.
     pub(crate) sysctls: HashMap<String, String>,
 }
@@ -66,7 +68,12 @@ impl Plan {
     }
 
     /// For a pod, from what Kubernetes says of it: its configuration and its network namespace.
-    pub(crate) fn of_config(pod: &PodSandboxConfig, netns: &str, config: &Config) -> Result<Self> {
+    pub(crate) fn of_config(
+        id: &str,
+        pod: &PodSandboxConfig,
+        netns: &str,
+        config: &Config,
+    ) -> Result<Self> {
         let linux = pod.linux.get_or_default();
         let resources = linux.resources.get_or_default();
         let dns = pod.dns_config.get_or_default();
@@ -90,6 +97,9 @@ impl Plan {
             pod: Some(PodPlan {
                 dns: lines,
                 shm_size: SHM_SIZE,
+                cgroup: Some(&linux.cgroup_parent)
+                    .filter(|parent| !parent.is_empty())
+                    .map_or_else(String::new, |parent| format!("{parent}/{id}")),
                 sysctls: linux.sysctls.clone(),
             }),
         })
@@ -118,6 +128,7 @@ impl Plan {
             pod: Some(PodPlan {
                 dns,
                 shm_size: bind(SHM).map_or(SHM_SIZE, shm_size),
+                cgroup: spec.linux.cgroups_path.clone(),
                 sysctls: spec.linux.sysctl.clone(),
             }),
         })
@@ -240,7 +251,7 @@ mod tests {
             ..Default::default()
         };
         let config = Config::of_text("[hypervisor.dragonball]\ndefault_maxvcpus = 8");
-        let plan = Plan::of_config(&pod, "/run/netns/n", &config).unwrap();
+        let plan = Plan::of_config("p1", &pod, "/run/netns/n", &config).unwrap();
         assert_eq!((plan.size.vcpus, plan.size.memory_mib), (3, 1088));
         assert_eq!(plan.hostname, "web-0");
         assert_eq!(plan.network, Some("/run/netns/n".into()));

@@ -19,6 +19,7 @@ use vmm::control::{
     PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };
 
+use super::cgroup::Cgroup;
 use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
 use crate::error::{Context, Kind, Result, ShimError};
@@ -52,6 +53,8 @@ pub(crate) struct Machine {
     pub(crate) share: OwnedFd,
     /// The listening socket of the guest's vsock.
     pub(crate) vsock: OwnedFd,
+    /// The cgroup that its process is in; the shim's without.
+    pub(crate) cgroup: Option<Cgroup>,
     /// Where the guest's console goes; nowhere but error messages without.
     pub(crate) console: Option<OwnedFd>,
 }
@@ -94,6 +97,10 @@ impl Vm {
             .env_clear()
             .current_dir("/");
         let vm = Self::spawn(command)?;
+        // Before it has memory and threads to count.
+        if let Some(cgroup) = &machine.cgroup {
+            cgroup.take(vm.pid())?;
+        }
         vm.boot(machine)?;
         Ok(vm)
     }

@@ -104,7 +104,7 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
     let _reservation = shim.registry.reserve(id)?;
     let pod = pod_config(request.options.as_ref())?;
     let config = Config::for_sandbox(shim.options.as_ref(), &pod.annotations)?;
-    let plan = Plan::of_config(&pod, &request.netns_path, &config)?;
+    let plan = Plan::of_config(id, &pod, &request.netns_path, &config)?;
     let sandbox = create::boot(&shim, id, config, plan, |_| Ok(())).await?;
     let stdio = Stdio::default();
     let hooks = Hooks::new(
