@@ -7,10 +7,11 @@
 use std::time::Duration;
 
 use protocols::agent::agent::{
-    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
-    ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest,
-    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
+    AddARPNeighborsRequest, CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest,
+    DestroySandboxRequest, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
+    ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, Routes,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
     WaitProcessRequest, WriteStreamRequest,
 };
 use protocols::agent::agent_ttrpc::AgentServiceClient;
@@ -20,6 +21,7 @@ use ttrpc::Code;
 use ttrpc::context::Context as CallContext;
 
 use crate::error::{Kind, Result, ShimError};
+use crate::network::GuestNetwork;
 
 /// One of a process's output streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +72,42 @@ impl Agent {
         result
             .map(drop)
             .map_err(|error| failed("create the sandbox", error))
+    }
+
+    /// Gives the guest what is new of its network. Waits for the interfaces to appear.
+    pub(crate) async fn update_network(&self, network: &GuestNetwork) -> Result<()> {
+        for interface in &network.interfaces {
+            let request = UpdateInterfaceRequest {
+                interface: Some(interface.clone()).into(),
+                ..Default::default()
+            };
+            let result = self.client.update_interface(self.bounded(), &request).await;
+            result.map_err(|error| {
+                failed(&format!("set up the interface {}", interface.name), error)
+            })?;
+        }
+        if let Some(routes) = &network.routes {
+            let request = UpdateRoutesRequest {
+                routes: Some(Routes {
+                    Routes: routes.clone(),
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            };
+            let result = self.client.update_routes(self.bounded(), &request).await;
+            result.map_err(|error| failed("set the routes", error))?;
+        }
+        if let Some(neighbours) = &network.neighbours {
+            let request = AddARPNeighborsRequest {
+                neighbors: Some(neighbours.clone()).into(),
+                ..Default::default()
+            };
+            let client = &self.client;
+            let result = client.add_arp_neighbors(self.bounded(), &request).await;
+            result.map_err(|error| failed("add the neighbours", error))?;
+        }
+        Ok(())
     }
 
     /// Ends everything in the guest and writes its file systems out.

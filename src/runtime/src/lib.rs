@@ -19,6 +19,7 @@ mod hooks;
 mod kata_ctl;
 mod logging;
 mod mount;
+mod network;
 mod paths;
 mod process;
 mod raw;

@@ -38,6 +38,7 @@ struct Wanted {
     scope: u8,
     flags: u32,
     mtu: u32,
+    metric: u32,
 }
 
 /// UpdateRoutes: these routes and no others. The result is the table as it is then.
@@ -130,6 +131,7 @@ impl Wanted {
             scope,
             flags: route.flags & ON_LINK,
             mtu: route.mtu,
+            metric: route.metric,
             words,
         })
     }
@@ -161,6 +163,9 @@ impl Wanted {
             if let Some(address) = address {
                 message = message.with(kind, &address::bytes(address));
             }
+        }
+        if self.metric > 0 {
+            message = message.with(libc::RTA_PRIORITY, &self.metric.to_ne_bytes());
         }
         if self.mtu > 0 {
             let mut metrics = 8_u16.to_ne_bytes().to_vec();
@@ -212,6 +217,9 @@ fn describe(message: &Message, links: &[Link]) -> Route {
     let mtu = attributes(metrics)
         .find(|(kind, _)| *kind == METRIC_MTU)
         .and_then(|(_, value)| number(value));
+    let metric = message
+        .attribute(ROUTE, libc::RTA_PRIORITY)
+        .and_then(number);
     let destination = address(libc::RTA_DST);
     Route {
         dest: match destination.as_str() {
@@ -228,6 +236,7 @@ fn describe(message: &Message, links: &[Link]) -> Route {
         }),
         flags: message.number(8),
         mtu: mtu.unwrap_or(0),
+        metric: metric.unwrap_or(0),
         ..Route::default()
     }
 }

@@ -31,6 +31,7 @@ pub(crate) use self::lookup::Named;
 use self::lookup::Source;
 pub(crate) use self::options::is_ours;
 use crate::error::Result;
+use crate::network::Settings;
 
 /// Where kernel and image are, below the folder that the program is installed in.
 const KERNEL: &str = "share/kata-containers/vmlinux.container";
@@ -71,6 +72,8 @@ pub(crate) struct Config {
     pub(crate) agent: Verbosity,
     /// What the runtime logs.
     pub(crate) log: Verbosity,
+    /// How the pod's network is made.
+    pub(crate) network: Settings,
     /// Whether the seccomp profiles of containers are applied.
     pub(crate) seccomp: bool,
     /// How long the guest may take from power-on to a listening agent.
@@ -128,6 +131,7 @@ impl Config {
             monitor: Verbosity::at(Level::INFO),
             agent: Verbosity::at(Level::WARN),
             log: Verbosity::at(Level::INFO),
+            network: Settings::default(),
             seccomp: true,
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),

@@ -253,6 +253,8 @@ virtio_fs_extra_args = ["--thread-pool-size=1", "-o", "announce_submounts"]
 enable_hugepages = false
 disable_seccomp = false
 disable_nesting_checks = false
+disable_vhost_net = false
+network_queues = 1
 enable_guest_swap = false
 guest_swap_path = "/run/kata-containers/swap"
 guest_swap_size_percent = 100
@@ -282,6 +284,7 @@ log_level = "info"
 static_sandbox_resource_mgmt = true
 disable_guest_seccomp = true
 disable_new_netns = false
+internetworking_model = "tcfilter"
 emptydir_mode = "shared-fs"
 use_passfd_io = true
 passfd_listener_port = 1027
@@ -319,6 +322,7 @@ fn kata_s_own_file_is_told_what_to_change() {
         "rootfs_type",
         "enable_annotations",
         "queue_size",
+        "disable_vhost_net",
         "virtio_fs_extra_args",
         "disable_seccomp",
         "container_pipe_size",
@@ -341,6 +345,7 @@ fn a_file_beside_kata_s_own_makes_it_fit() {
         queue_size = 256
         virtio_fs_extra_args = []
         disable_seccomp = true
+        disable_vhost_net = true
         [agent.kata]
         container_pipe_size = 0
         [runtime]

@@ -13,8 +13,8 @@ const QUIET: &str = "quiet earlycon=uart8250,io,0x3f8 keep_bootcon 8250.nr_uarts
 /// A console that shows the whole boot.
 const VERBOSE: &str = "console=ttyS0 8250.nr_uarts=1";
 
-/// The image's disk, the agent, and what the agent has to tell.
-const COMMON: &str = "root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
+/// No interface but the machine's own; the image's disk, the agent, and what the agent has to tell.
+const COMMON: &str = "dummy.numdummies=0 root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
     agent.ready_vport=1024 agent.boot_progress";
 
 /// What the agent logs where nothing is said.

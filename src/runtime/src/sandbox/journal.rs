@@ -18,6 +18,7 @@ use tracing::warn;
 
 use super::cgroup::Cgroup;
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::network::{self, Link};
 use crate::process::ProcessId;
 
 /// How long a killed process may take to be gone.
@@ -35,6 +36,14 @@ pub(crate) enum Object {
     Process(ProcessId),
     /// The cgroup of its machine.
     Cgroup(Cgroup),
+    /// A network interface that was made for the sandbox.
+    Link(Link),
+    /// The redirection of a network interface that was there before.
+    Redirect {
+        link: Link,
+        /// Whether the qdisc that holds it was made for it.
+        qdisc: bool,
+    },
 }
 
 /// The list of a sandbox's objects.
@@ -164,6 +173,8 @@ fn remove(object: &Object) -> io::Result<()> {
         Object::File(path) => gone(fs::remove_file(path)),
         Object::Process(process) => process.kill(KILL_TIMEOUT),
         Object::Cgroup(cgroup) => cgroup.remove(),
+        Object::Link(link) => network::remove_link(link),
+        Object::Redirect { link, qdisc } => network::remove_redirect(link, *qdisc),
     }
 }
 

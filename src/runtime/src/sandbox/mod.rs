@@ -8,6 +8,7 @@ mod cgroup;
 mod cmdline;
 mod cpus;
 pub(crate) mod journal;
+mod network;
 mod plan;
 mod share;
 mod size;
@@ -42,6 +43,7 @@ use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::network::{Network, Place};
 use crate::paths;
 use crate::process::ProcessId;
 
@@ -65,7 +67,8 @@ pub(crate) struct Sandbox {
     plan: Plan,
     cpus: Cpus,
     stopping: AtomicBool,
-    journal: Mutex<Option<Journal>>,
+    journal: Arc<Mutex<Option<Journal>>>,
+    network: Option<Arc<Mutex<Network>>>,
 }
 
 /// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
@@ -79,7 +82,15 @@ pub(crate) struct Booting {
     plan: Plan,
     cpus: Cpus,
     journal: Journal,
+    network: Option<Network>,
     begun: Instant,
+}
+
+/// What is there from the start of the machine on.
+struct Started {
+    share: Share,
+    vm: Vm,
+    network: Option<Network>,
 }
 
 impl Booting {
@@ -90,7 +101,7 @@ impl Booting {
         let cpus = Cpus::new()?;
         let mut journal = Journal::create(paths::journal(name))?;
         match Self::start_with(id, name, &config, &plan, &mut journal) {
-            Ok((share, vm)) => Ok(Self {
+            Ok(Started { share, vm, network }) => Ok(Self {
                 id: id.to_owned(),
                 name: name.to_owned(),
                 share: Arc::new(share),
@@ -99,6 +110,7 @@ impl Booting {
                 plan,
                 cpus,
                 journal,
+                network,
                 begun: Instant::now(),
             }),
             Err(error) => {
@@ -114,7 +126,7 @@ impl Booting {
         config: &Config,
         plan: &Plan,
         journal: &mut Journal,
-    ) -> Result<(Share, Vm)> {
+    ) -> Result<Started> {
         let kvm = open_kvm()?;
         let kernel = open("guest kernel", &config.kernel)?;
         let image = open("guest image", &config.image)?;
@@ -131,6 +143,7 @@ impl Booting {
             .internal(|| format!("listen at {}", vsock_path.display()))?;
         let share_path = paths::share(name);
         journal.make_folder(&share_path)?;
+        let made = network::make(plan, config, journal)?;
         let share = Share::create(&share_path)?;
         let console = if config.monitor.debug {
             Some(
@@ -147,8 +160,14 @@ impl Booting {
             None => None,
         };
         info!(sandbox = id, vcpus, memory_mib, "booting");
+        let (network, nets) = made.unzip();
+        // What is wired later is found through the machine's process.
+        let home = match plan.network {
+            Some(Place::New) => network.as_ref().map(Network::namespace),
+            _ => None,
+        };
         let started = share.open().and_then(|directory| {
-            Vm::start(&Machine {
+            let machine = Machine {
                 vcpus,
                 memory_mib,
                 cmdline: cmdline(config),
@@ -160,8 +179,10 @@ impl Booting {
                 share: directory,
                 vsock: vsock.into(),
                 cgroup,
+                nets: nets.unwrap_or_default(),
                 console,
-            })
+            };
+            Vm::start(&machine, home)
         });
         let recorded = started.and_then(|vm| {
             let process =
@@ -170,7 +191,7 @@ impl Booting {
             Ok(vm)
         });
         match recorded {
-            Ok(vm) => Ok((share, vm)),
+            Ok(vm) => Ok(Started { share, vm, network }),
             Err(error) => {
                 if let Err(error) = share.close() {
                     warn!(error = error.chain(), "shared tree not unmounted");
@@ -186,7 +207,7 @@ impl Booting {
     }
 
     /// Waits for the agent and sets the sandbox up in the guest.
-    pub(crate) async fn finish(self) -> Result<Sandbox> {
+    pub(crate) async fn finish(mut self) -> Result<Sandbox> {
         match self.connect().await {
             Ok(agent) => {
                 info!(
@@ -203,7 +224,8 @@ impl Booting {
                     plan: self.plan,
                     cpus: self.cpus,
                     stopping: AtomicBool::new(false),
-                    journal: Mutex::new(Some(self.journal)),
+                    journal: Arc::new(Mutex::new(Some(self.journal))),
+                    network: self.network.map(|it| Arc::new(Mutex::new(it))),
                 })
             }
             Err(error) => {
@@ -222,7 +244,7 @@ impl Booting {
         remove(self.journal);
     }
 
-    async fn connect(&self) -> Result<Agent> {
+    async fn connect(&mut self) -> Result<Agent> {
         let files = format!(
             "kernel {}, image {}",
             self.config.kernel.display(),
@@ -244,6 +266,10 @@ impl Booting {
             ..Default::default()
         };
         agent.create_sandbox(&request).await?;
+        if let Some(network) = &mut self.network {
+            agent.update_network(&network.news()).await?;
+            network.told();
+        }
         Ok(agent)
     }
 }
@@ -261,7 +287,8 @@ impl Sandbox {
             plan: Plan::for_test(),
             cpus: Cpus::new().unwrap(),
             stopping: AtomicBool::new(false),
-            journal: Mutex::new(None),
+            journal: Arc::default(),
+            network: None,
         }
     }
 

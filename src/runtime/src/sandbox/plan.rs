@@ -13,7 +13,8 @@ use tracing::warn;
 
 use super::size::Size;
 use crate::config::Config;
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Kind, Result, ShimError};
+use crate::network::{Model, Place};
 use crate::spec::{Mount, Spec};
 
 /// Where every container finds its shared memory.
@@ -37,8 +38,8 @@ pub(crate) struct Plan {
     pub(crate) size: Size,
     /// The guest's; empty leaves the kernel's own.
     pub(crate) hostname: String,
-    /// The network namespace of the host whose interfaces the guest gets.
-    pub(crate) network: Option<PathBuf>,
+    /// Where its network is; none without.
+    pub(crate) network: Option<Place>,
     /// What the containers of a pod have in common; `None` for a container of its own.
     pub(crate) pod: Option<PodPlan>,
 }
@@ -62,7 +63,7 @@ impl Plan {
         Ok(Self {
             size: Size::of_container(spec, config)?,
             hostname: spec.hostname.clone(),
-            network: network(spec),
+            network: network(spec, config)?,
             pod: None,
         })
     }
@@ -91,9 +92,7 @@ impl Plan {
         Ok(Self {
             size: Size::of_resources(resources, config)?,
             hostname: pod.hostname.clone(),
-            network: Some(netns)
-                .filter(|path| !path.is_empty())
-                .map(PathBuf::from),
+            network: place(Some(netns).filter(|path| !path.is_empty()), config)?,
             pod: Some(PodPlan {
                 dns: lines,
                 shm_size: SHM_SIZE,
@@ -108,7 +107,9 @@ impl Plan {
     #[cfg(test)]
     pub(crate) fn for_test() -> Self {
         let config = Config::built_in();
-        Self::single(&Spec::default(), &config).unwrap()
+        let text = br#"{"linux": {"namespaces": [{"type": "network"}]}}"#;
+        let spec = crate::spec::read(text).unwrap();
+        Self::single(&spec, &config).unwrap()
     }
 
     /// For a pod, from the specification of the container that stands for it.
@@ -124,7 +125,7 @@ impl Plan {
         Ok(Self {
             size: Size::of_pod(&spec.annotations, config)?,
             hostname: spec.hostname.clone(),
-            network: network(spec),
+            network: network(spec, config)?,
             pod: Some(PodPlan {
                 dns,
                 shm_size: bind(SHM).map_or(SHM_SIZE, shm_size),
@@ -155,12 +156,27 @@ impl PodPlan {
     }
 }
 
-fn network(spec: &Spec) -> Option<PathBuf> {
+/// Where the specification wants the network to be.
+fn network(spec: &Spec, config: &Config) -> Result<Option<Place>> {
     let mut namespaces = spec.linux.namespaces.iter();
-    let network = namespaces.find(|namespace| namespace.kind == "network")?;
-    Some(&network.path)
-        .filter(|path| !path.is_empty())
-        .map(PathBuf::from)
+    match namespaces.find(|namespace| namespace.kind == "network") {
+        Some(network) if network.path.is_empty() && config.network.model != Model::None => {
+            Ok(Some(Place::New))
+        }
+        network => place(network.map(|it| it.path.as_str()), config),
+    }
+}
+
+/// A namespace that is there. None means the host's own.
+fn place(path: Option<&str>, config: &Config) -> Result<Option<Place>> {
+    match path {
+        _ if config.network.model == Model::None => Ok(None),
+        Some(path) => Ok(Some(Place::At(PathBuf::from(path)))),
+        None => Err(ShimError::new(
+            Kind::InvalidArgument,
+            "no network namespace is given: a guest can't use the host's network",
+        )),
+    }
 }
 
 /// The size of the tmpfs that the pod would have had on the host.
@@ -220,7 +236,7 @@ mod tests {
         let pod = plan.pod.unwrap();
         assert_eq!(plan.hostname, "web-0");
         assert_eq!(plan.size.memory_mib, 320);
-        assert_eq!(plan.network, Some("/run/netns/n".into()));
+        assert_eq!(plan.network, Some(Place::At("/run/netns/n".into())));
         assert_eq!(pod.dns, ["nameserver 10.0.0.10", "search a.b"]);
         assert_eq!(pod.sysctls.len(), 1);
         assert!(pod.shm_size > 0);
@@ -254,7 +270,7 @@ mod tests {
         let plan = Plan::of_config("p1", &pod, "/run/netns/n", &config).unwrap();
         assert_eq!((plan.size.vcpus, plan.size.memory_mib), (3, 1088));
         assert_eq!(plan.hostname, "web-0");
-        assert_eq!(plan.network, Some("/run/netns/n".into()));
+        assert_eq!(plan.network, Some(Place::At("/run/netns/n".into())));
         let dns = [
             "nameserver 10.0.0.10",
             "nameserver fd00::10",

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tracing::{Level, debug, error, info};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
-    Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache,
+    Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Net,
     PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };
 
@@ -23,6 +23,7 @@ use super::cgroup::Cgroup;
 use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::network::{Device, Namespace};
 
 /// The vsock port of the host that the agent connects to when it listens.
 pub(crate) const READY_PORT: u32 = 1024;
@@ -32,6 +33,9 @@ const GUEST_CID: u32 = 3;
 
 /// How long a machine may take to stop before its process is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the monitor, and the guest's driver, may take for a device.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How much of the guest's last output an error message shows.
 const CONSOLE_LINES: usize = 6;
@@ -55,6 +59,8 @@ pub(crate) struct Machine {
     pub(crate) vsock: OwnedFd,
     /// The cgroup that its process is in; the shim's without.
     pub(crate) cgroup: Option<Cgroup>,
+    /// Its network cards.
+    pub(crate) nets: Vec<Device>,
     /// Where the guest's console goes; nowhere but error messages without.
     pub(crate) console: Option<OwnedFd>,
 }
@@ -86,8 +92,9 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// Starts the process and asks it to boot. Returns at once; `ready` waits.
-    pub(crate) fn start(machine: &Machine) -> Result<Self> {
+    /// Starts the process and asks it to boot. Returns at once; `ready` waits. It uses no network;
+    /// in the namespace `home` it can be found by whoever wires that.
+    pub(crate) fn start(machine: &Machine, home: Option<&Namespace>) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         // It holds no path, and the environment is full of them.
         command
@@ -96,7 +103,7 @@ impl Vm {
             .arg(machine.log_level.as_str())
             .env_clear()
             .current_dir("/");
-        let vm = Self::spawn(command)?;
+        let vm = Self::spawn(command, home)?;
         // Before it has memory and threads to count.
         if let Some(cgroup) = &machine.cgroup {
             cgroup.take(vm.pid())?;
@@ -106,9 +113,13 @@ impl Vm {
     }
 
     /// Starts the process, and the thread that hears it.
-    fn spawn(command: Command) -> Result<Self> {
+    fn spawn(command: Command, home: Option<&Namespace>) -> Result<Self> {
         let context = || "start the virtual machine monitor".to_owned();
-        let process = Arc::new(VmmProcess::spawn(command).internal(context)?);
+        let spawned = match home {
+            Some(home) => home.run(|| VmmProcess::spawn(command)).internal(context)?,
+            None => VmmProcess::spawn(command),
+        };
+        let process = Arc::new(spawned.internal(context)?);
         let (ready_sender, ready) = watch::channel(false);
         let (ended_sender, ended) = watch::channel(None);
         let vm = Self {
@@ -136,7 +147,7 @@ impl Vm {
     pub(super) fn for_test() -> Self {
         let mut command = Command::new("head");
         command.args(["-c", "1"]);
-        Self::spawn(command).unwrap()
+        Self::spawn(command, None).unwrap()
     }
 
     fn boot(&self, machine: &Machine) -> Result<()> {
@@ -155,7 +166,7 @@ impl Vm {
                 file: files.add(machine.image.as_fd()),
                 read_only: true,
             }],
-            nets: Vec::new(),
+            nets: machine.nets.iter().map(|it| net(it, &mut files)).collect(),
             filesystems: vec![Filesystem {
                 tag: share::TAG.to_owned(),
                 directory: files.add(machine.share.as_fd()),
@@ -175,6 +186,23 @@ impl Vm {
         // The answer is the agent's readiness, or the machine's end with the reason.
         self.request(&Request::Boot(Box::new(config)), &files.list)
             .map(drop)
+    }
+
+    /// Gives the running machine a network device.
+    pub(crate) async fn attach(&self, device: &Device) -> Result<()> {
+        let mut files = Files::default();
+        let request = Request::AttachNet(net(device, &mut files));
+        let answer = self.request(&request, &files.list)?;
+        answered(answer, || {
+            format!("attach the network device {}", device.id)
+        })
+        .await
+    }
+
+    /// Takes a network device from the running machine.
+    pub(crate) async fn detach(&self, id: &str) -> Result<()> {
+        let answer = self.request(&Request::DetachNet { id: id.to_owned() }, &[])?;
+        answered(answer, || format!("detach the network device {id}")).await
     }
 
     fn request(
@@ -267,6 +295,30 @@ impl Vm {
         );
         self.process.kill();
         self.ended().await
+    }
+}
+
+/// Waits for the answer to a request.
+async fn answered(
+    answer: oneshot::Receiver<Result<(), String>>,
+    context: impl Fn() -> String,
+) -> Result<()> {
+    timeout(ANSWER_TIMEOUT, answer)
+        .await
+        .context(Kind::DeadlineExceeded, &context)?
+        .context(Kind::Unavailable, &context)?
+        .internal(context)
+}
+
+/// A network device as the monitor is told of it.
+fn net<'a>(device: &'a Device, files: &mut Files<'a>) -> Net {
+    let mut add = |list: &'a [OwnedFd]| list.iter().map(|it| files.add(it.as_fd())).collect();
+    Net {
+        id: device.id.clone(),
+        mac: device.mac,
+        mtu: device.mtu,
+        queues: add(&device.queues),
+        vhost: add(&device.vhost),
     }
 }
 

@@ -18,7 +18,7 @@ use thiserror::Error;
 const MAX_MESSAGE: usize = 64 * 1024;
 
 /// The most files beside one message; the kernel's own limit is 253 (`SCM_MAX_FD`).
-const MAX_FILES: usize = 64;
+const MAX_FILES: usize = 250;
 
 /// Why a message could not be sent or received.
 #[derive(Debug, Error)]

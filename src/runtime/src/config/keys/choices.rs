@@ -24,6 +24,12 @@ pub(super) static CHOICES: &[Key] = &[
     fixed(MACHINE, "valid_ctlpaths", Choice::Nothing, NO_PROGRAM),
     fixed(
         MACHINE,
+        "disable_vhost_net",
+        Choice::Flag(true),
+        "the monitor moves the packets",
+    ),
+    fixed(
+        MACHINE,
         "initrd",
         Choice::Text(""),
         "the guest boots from an image",
@@ -192,12 +198,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         RUNTIME,
-        "internetworking_model",
-        Choice::Text("none"),
-        "the guest has no network yet",
-    ),
-    fixed(
-        RUNTIME,
         "static_sandbox_resource_mgmt",
         Choice::Flag(true),
         "a machine keeps the size that it boots with",
@@ -206,7 +206,7 @@ pub(super) static CHOICES: &[Key] = &[
         RUNTIME,
         "disable_new_netns",
         Choice::Flag(false),
-        "the sandbox's network namespace is containerd's choice",
+        "a sandbox that is given no network namespace has one of its own",
     ),
     fixed(
         RUNTIME,

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use toml::Value;
 use tracing::Level;
-use vmm::control::FsCache;
+use vmm::control::{FsCache, MAX_QUEUE_PAIRS};
 
 use super::{AGENT, Key, MACHINE, RUNTIME, set};
 use crate::config::annotations::check_patterns;
 use crate::config::value::{Read, flag, fraction, name, number, path, text, texts, word};
 use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS, host, whole_cpus};
+use crate::network::Model;
 
 /// Agents may need longer than Kata's files say; Kata's own floor.
 const SHORTEST_BOOT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,6 +33,13 @@ const CACHES: &[(&str, FsCache)] = &[
     ("never", FsCache::Never),
     ("auto", FsCache::Auto),
     ("always", FsCache::Always),
+];
+
+/// Kata's names of how an interface is joined to the guest's.
+const MODELS: &[(&str, Model)] = &[
+    ("none", Model::None),
+    ("tcfilter", Model::TcFilter),
+    ("macvtap", Model::Macvtap),
 ];
 
 /// The keys, table by table.
@@ -215,6 +223,30 @@ pub(super) static SETTINGS: &[Key] = &[
             Ok(())
         },
     ),
+    set(
+        MACHINE,
+        "network_queues",
+        |config| {
+            i64::try_from(config.network.queues)
+                .unwrap_or(i64::MAX)
+                .into()
+        },
+        |config, value| {
+            config.network.queues = number(value, 1..=MAX_QUEUE_PAIRS)?;
+            Ok(())
+        },
+    )
+    .annotated("hypervisor", "network_queues"),
+    set(
+        RUNTIME,
+        "internetworking_model",
+        |config| name(&config.network.model, MODELS),
+        |config, value| {
+            config.network.model = word(value, MODELS)?;
+            Ok(())
+        },
+    )
+    .annotated("runtime", "internetworking_model"),
     set(
         RUNTIME,
         "disable_guest_seccomp",

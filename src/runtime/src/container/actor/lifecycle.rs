@@ -77,8 +77,13 @@ impl Actor {
         };
         let name = process.name.clone();
         let Some(mut spec) = process.spec.take() else {
+            let sandbox = Arc::clone(&self.sandbox);
             return self.call(|agent| async move {
-                let result = agent.start_container(&name.container).await;
+                // Whoever wires the network between create and start (Docker) has done so.
+                let result = match sandbox.follow_network().await {
+                    Ok(()) => agent.start_container(&name.container).await,
+                    Err(error) => Err(error),
+                };
                 report(exec, result, reply);
             });
         };
