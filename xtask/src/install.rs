@@ -7,7 +7,7 @@ use crate::{progress, workspace};
 use anyhow::{Context, Result};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 /// A file to install.
 #[derive(Debug)]
@@ -61,15 +61,29 @@ pub(crate) fn files(shim: &Path, guest: &Guest) -> Vec<Installed> {
 
 /// Builds and installs; each file appears whole or not at all, and running pods keep their old ones.
 pub(crate) fn install(prefix: &Path) -> Result<()> {
+    let prefix = path::absolute(prefix).context("--prefix")?;
+    check_writable(&prefix)?;
     let shim = build::runtime(Profile::Release)?;
     let guest = guest::build(Profile::Release, Flavour::Release)?;
     for file in files(&shim, &guest) {
-        let to = file.place(prefix);
-        put(&file.from, &to, file.mode)
-            .with_context(|| format!("installing {} (are you root?)", to.display()))?;
+        let to = file.place(&prefix);
+        put(&file.from, &to, file.mode).with_context(|| format!("installing {}", to.display()))?;
         progress::note(&format!("installed {}", to.display()));
     }
     Ok(())
+}
+
+/// Asked before the minutes that a build takes.
+fn check_writable(prefix: &Path) -> Result<()> {
+    fs::create_dir_all(prefix)
+        .and_then(|()| tempfile::tempfile_in(prefix))
+        .map(drop)
+        .with_context(|| {
+            format!(
+                "can't write in {}; root may, or --prefix names another folder",
+                prefix.display()
+            )
+        })
 }
 
 fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
@@ -86,6 +100,24 @@ fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prefix_that_is_not_writable_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        for prefix in [file.as_path(), &file.join("below"), Path::new("/proc/none")] {
+            let error = format!("{:#}", install(prefix).unwrap_err());
+            let name = prefix.display().to_string();
+            assert!(
+                error.contains(&name) && error.contains("--prefix"),
+                "{error}"
+            );
+        }
+        let prefix = folder.path().join("deep/down");
+        check_writable(&prefix).unwrap();
+        assert_eq!(fs::read_dir(&prefix).unwrap().count(), 0);
+    }
 
     #[test]
     fn puts_a_file_whole_over_an_old_one() {
