@@ -2,7 +2,8 @@
 //! Building the workspace's own crates.
 
 use crate::packages::{self, any};
-use crate::{progress, workspace};
+use crate::progress::{self, Reminder};
+use crate::workspace;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::env;
@@ -107,7 +108,9 @@ fn built(command: &mut Command, name: &str) -> Result<PathBuf> {
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
     let line = progress::command_line(command);
+    let reminder = Reminder::of("compiling");
     let text = progress::output(command)?;
+    drop(reminder);
     text.lines()
         .filter_map(|line| serde_json::from_str::<Message>(line).ok())
         .filter(|message| matches!(&message.target, Some(target) if target.name == name))
@@ -119,6 +122,7 @@ fn built(command: &mut Command, name: &str) -> Result<PathBuf> {
 /// Builds the shim, and `kata-ctl` beside it.
 pub(crate) fn runtime(profile: Profile) -> Result<PathBuf> {
     packages::ensure("building the runtime", &[any("gcc"), any("libc6-dev")])?;
+    let _reminder = Reminder::of("compiling the runtime");
     progress::run(cargo("build", profile)?.args(["--package", "runtime"]))?;
     Ok(workspace::target_dir()?
         .join(profile.folder())

@@ -8,7 +8,8 @@ use std::fs::{self, File};
 use std::io::{IsTerminal, Write, stderr};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread::sleep;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 /// How often a running step is looked at.
@@ -31,6 +32,26 @@ pub(crate) fn command_line(command: &Command) -> String {
         line.push_str(&argument.to_string_lossy());
     }
     line
+}
+
+/// Mentions now and then that a step goes on whose own output stays as it is, until dropped.
+#[derive(Debug)]
+pub(crate) struct Reminder {
+    _over: Sender<()>,
+}
+
+impl Reminder {
+    /// The first mention comes only after a while.
+    pub(crate) fn of(title: &'static str) -> Self {
+        let (over, ended) = channel::<()>();
+        let begin = Instant::now();
+        thread::spawn(move || {
+            while ended.recv_timeout(REMINDER) == Err(RecvTimeoutError::Timeout) {
+                note(&format!("{title} … {} s", begin.elapsed().as_secs()));
+            }
+        });
+        Self { _over: over }
+    }
 }
 
 /// Runs a program with our own stdin, stdout and stderr.

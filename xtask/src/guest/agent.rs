@@ -3,7 +3,8 @@
 
 use crate::build::{self, Profile};
 use crate::packages::{self, any};
-use crate::{progress, workspace};
+use crate::progress::{self, Reminder};
+use crate::workspace;
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,7 +29,9 @@ pub(crate) fn build(profile: Profile) -> Result<PathBuf> {
         .env("LIBSECCOMP_LINK_TYPE", "static")
         .env("LIBSECCOMP_LIB_PATH", LIBSECCOMP_FOLDER);
     build::link_statically(&mut command);
+    let reminder = Reminder::of("compiling the agent");
     progress::run(&mut command)?;
+    drop(reminder);
     let agent = workspace::target_dir()?
         .join(build::STATIC_TARGET)
         .join(profile.folder())
