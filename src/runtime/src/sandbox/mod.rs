@@ -237,7 +237,7 @@ impl Booting {
 
     /// Takes everything back.
     pub(crate) async fn abandon(self) {
-        self.vm.stop().await;
+        stop(&self.vm).await;
         if let Err(error) = self.share.close() {
             warn!(error = error.chain(), "shared tree not unmounted");
         }
@@ -345,7 +345,7 @@ impl Sandbox {
 
     /// Ends a machine whose agent can't be reached any more.
     pub(crate) async fn kill(&self) {
-        self.vm.stop().await;
+        stop(&self.vm).await;
     }
 
     /// Ends the sandbox and removes everything of it from the host. Called again, it waits for
@@ -356,12 +356,13 @@ impl Sandbox {
         let Some(journal) = journal.take() else {
             return Ok(());
         };
+        let mut stopped = Ok(());
         if !self.vm.has_ended() {
             // What the guest has not written yet would be lost with it.
             if let Err(error) = self.agent.destroy_sandbox(GOODBYE).await {
                 debug!(sandbox = self.id, error = error.chain(), "no orderly end");
             }
-            self.vm.stop().await;
+            stopped = self.vm.stop().await.map(drop);
         }
         // Waits for mounts in progress, so not here.
         let share = Arc::clone(&self.share);
@@ -369,7 +370,16 @@ impl Sandbox {
             .await
             .internal(|| "task".to_owned())
             .flatten();
-        journal.close().and(closed)
+        // The machine's own end is the first to report.
+        let removed = journal.close();
+        stopped.and(removed).and(closed)
+    }
+}
+
+/// For a machine whose end nobody waits for.
+async fn stop(vm: &Vm) {
+    if let Err(error) = vm.stop().await {
+        warn!(error = error.chain(), "not stopped");
     }
 }
 

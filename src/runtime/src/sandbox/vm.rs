@@ -34,6 +34,10 @@ const GUEST_CID: u32 = 3;
 /// How long a machine may take to stop before its process is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a killed process may take to be gone. One that the kernel of the host holds, with a
+/// vCPU or at a file system that hangs, may never go.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long the monitor, and the guest's driver, may take for a device.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -150,6 +154,14 @@ impl Vm {
         Self::spawn(command, None).unwrap()
     }
 
+    /// One whose end is never seen: what it started keeps its control socket open.
+    #[cfg(test)]
+    fn without_end() -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", "cat <&0 & exec sleep 1000"]);
+        Self::spawn(command, None).unwrap()
+    }
+
     fn boot(&self, machine: &Machine) -> Result<()> {
         let mut files = Files::default();
         let config = VmConfig {
@@ -243,13 +255,15 @@ impl Vm {
             Ok(None) => self.ended().await.describe(),
             Ok(Some(ended)) => ended.describe(),
             Err(_) => {
-                let ended = self.stop().await;
+                let last = match self.stop().await {
+                    Ok(ended) => last_lines(&ended.console),
+                    Err(error) => format!("; and then {error}"),
+                };
                 return Err(ShimError::new(
                     Kind::DeadlineExceeded,
                     format!(
-                        "the guest's agent was not ready within {} s ({files}){}",
-                        limit.as_secs(),
-                        last_lines(&ended.console)
+                        "the guest's agent was not ready within {} s ({files}){last}",
+                        limit.as_secs()
                     ),
                 ));
             }
@@ -282,19 +296,23 @@ impl Vm {
     }
 
     /// Stops the machine and waits until its process is gone.
-    pub(crate) async fn stop(&self) -> Ended {
+    pub(crate) async fn stop(&self) -> Result<Ended> {
         if let Err(error) = self.request(&Request::Stop, &[]) {
             debug!(error = error.chain(), "stop");
         }
         if let Ok(ended) = timeout(STOP_TIMEOUT, self.ended()).await {
-            return ended;
+            return Ok(ended);
         }
-        error!(
-            pid = self.pid(),
-            "the virtual machine monitor does not stop: killed"
-        );
+        let pid = self.pid();
+        error!(pid, "the virtual machine monitor does not stop: killed");
         self.process.kill();
-        self.ended().await
+        timeout(KILL_TIMEOUT, self.ended())
+            .await
+            .context(Kind::DeadlineExceeded, || {
+                format!(
+                    "the virtual machine monitor, process {pid}, does not end when it is killed"
+                )
+            })
     }
 }
 
@@ -457,6 +475,17 @@ fn last_lines(console: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_machine_that_does_not_end_is_not_waited_for_for_ever() {
+        let vm = Vm::without_end();
+        let error = vm.stop().await.unwrap_err();
+        assert_eq!(error.kind(), Kind::DeadlineExceeded);
+        let pid = format!("process {}, does not end", vm.pid());
+        assert!(error.chain().contains(&pid), "{}", error.chain());
+        // The machine is told to stop at least: it is killed, and doesn't run any more.
+        assert!(!vm.process.wait().success());
+    }
 
     #[test]
     fn a_guest_s_last_lines_fit_into_a_message() {
