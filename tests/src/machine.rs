@@ -2,6 +2,7 @@
 //! A machine of a suite's own: its VMM process, its guest, which is the suite's own program as
 //! init, and what the guest connects to.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -40,6 +41,8 @@ pub struct Setup {
     pub console: bool,
     /// Virtual CPUs.
     pub vcpus: u8,
+    /// Kernel parameters beside the usual.
+    pub parameters: &'static str,
     /// Network devices.
     pub nets: Vec<Cable>,
 }
@@ -49,6 +52,7 @@ impl Default for Setup {
         Self {
             console: false,
             vcpus: 1,
+            parameters: "",
             nets: Vec::new(),
         }
     }
@@ -94,6 +98,25 @@ fn index(at: usize) -> FileIndex {
     FileIndex(u32::try_from(at).unwrap_or(u32::MAX))
 }
 
+/// How a machine ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// What the VMM says.
+    pub reason: ExitReason,
+    /// The guest's last output.
+    pub console: String,
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { reason, console } = self;
+        write!(
+            formatter,
+            "it ended: {reason:?}\n--- console ---\n{console}"
+        )
+    }
+}
+
 /// A booted guest.
 #[derive(Debug)]
 pub struct Machine {
@@ -101,7 +124,7 @@ pub struct Machine {
     socket: PathBuf,
     /// What the guest connects to, and how it ended.
     arrivals: Mutex<Receiver<(u32, UnixStream)>>,
-    end: Receiver<ExitReason>,
+    end: Receiver<Ended>,
     answers: Mutex<Receiver<Result<(), String>>>,
     _folder: tempfile::TempDir,
 }
@@ -135,8 +158,9 @@ impl Machine {
             _folder: folder,
         };
         if let Err(error) = machine.accept(READY) {
-            let reason = machine.end.try_recv();
-            return Err(error).with_context(|| format!("the guest did not come up: {reason:?}"));
+            let ended = machine.end.try_recv();
+            let ended = ended.map_or_else(|_| String::new(), |ended| format!(": {ended}"));
+            return Err(error).with_context(|| format!("the guest did not come up{ended}"));
         }
         Ok(machine)
     }
@@ -210,11 +234,21 @@ impl Machine {
     pub fn power_off(&mut self) -> Result<()> {
         // Gone before it answers, maybe.
         let _ = self.connect(POWER_OFF);
-        let reason = self.end.recv_timeout(PATIENCE)?;
-        ensure!(reason == ExitReason::Shutdown, "{reason:?}");
-        let status = self.process.wait();
-        ensure!(status.success(), "the VMM ended with {status}");
+        let ended = self.ended()?;
+        ensure!(ended.reason == ExitReason::Shutdown, "{ended}");
         Ok(())
+    }
+
+    /// Waits for the guest's end, and for that of its VMM, which must be in order.
+    ///
+    /// # Errors
+    /// It does not end, or its VMM failed.
+    pub fn ended(&mut self) -> Result<Ended> {
+        let ended = self.end.recv_timeout(PATIENCE);
+        let ended = ended.context("waiting for the guest's end")?;
+        let status = self.process.wait();
+        ensure!(status.success(), "the VMM ended with {status}; {ended}");
+        Ok(ended)
     }
 }
 
@@ -227,7 +261,7 @@ fn set_patience(stream: &UnixStream) -> io::Result<()> {
 fn watch(
     process: &VmmProcess,
     arrival: &Sender<(u32, UnixStream)>,
-    ended: &Sender<ExitReason>,
+    ended: &Sender<Ended>,
     answered: &Sender<Result<(), String>>,
 ) {
     while let Ok((event, mut files)) = process.next_event() {
@@ -238,10 +272,7 @@ fn watch(
                 }
             }
             Event::Exited { reason, console } => {
-                if reason != ExitReason::Shutdown {
-                    eprintln!("--- console ---\n{console}");
-                }
-                let _ = ended.send(reason);
+                let _ = ended.send(Ended { reason, console });
             }
             Event::Done => {
                 let _ = answered.send(Ok(()));
@@ -274,7 +305,7 @@ fn configure(
         File::open(&image)?.into(),
         listener.into(),
     ];
-    let mut cmdline = CMDLINE.to_owned();
+    let mut cmdline = format!("{CMDLINE} {}", setup.parameters);
     let nets: Vec<Net> = setup
         .nets
         .into_iter()

@@ -125,6 +125,7 @@ impl Wire {
             console,
             vcpus: plan.vcpus,
             nets: nets.collect::<Result<_>>()?,
+            ..Setup::default()
         })?;
         let card = plan.cards.first().copied().unwrap_or(Card {
             number: 0,

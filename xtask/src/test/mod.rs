@@ -105,6 +105,13 @@ const SUITES: &[Suite] = &[
         place: Place::Agent,
     },
     Suite {
+        name: "machine",
+        about: "machines of every size and their ends, each told apart",
+        quick: false,
+        on_request: false,
+        place: Place::DevVmStatic,
+    },
+    Suite {
         name: "vsock",
         about: "streams between host and guest, on a machine of its own",
         quick: false,

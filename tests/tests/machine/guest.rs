@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest's init: tells of its CPUs, and ends as it is told.
+
+use std::io::Write;
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use rustix::system::{RebootCommand, reboot};
+use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
+use tests::machine::READY;
+use tests::pattern::read_line;
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
+
+use crate::{CONTROL, CPUS, EXIT, POWER_OFF, RESTART};
+
+/// Serves until it is told to exit.
+pub(crate) fn run() {
+    if let Err(error) = serve() {
+        eprintln!("guest: {error:#}");
+    }
+}
+
+fn serve() -> Result<()> {
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, CONTROL)?;
+    // Closed at once: it says that the other listens.
+    VsockStream::connect_with_cid_port(VMADDR_CID_HOST, READY)?;
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        match read_line(&mut stream)?.trim() {
+            CPUS => writeln!(stream, "{}", cpus()?)?,
+            POWER_OFF => reboot(RebootCommand::PowerOff)?,
+            RESTART => reboot(RebootCommand::Restart)?,
+            EXIT => return Ok(()),
+            other => bail!("what is {other:?}?"),
+        }
+    }
+}
+
+/// The numbers of the CPUs that run a thread.
+fn cpus() -> Result<String> {
+    let mut found = Vec::new();
+    for cpu in 0..CpuSet::MAX_CPU {
+        let ran = thread::spawn(move || run_on(cpu)).join();
+        match ran.ok().context("a thread panicked")? {
+            Ok(()) => found.push(cpu.to_string()),
+            // No such CPU, or it is not up.
+            Err(Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(found.join(" "))
+}
+
+/// Moves the calling thread to a CPU.
+fn run_on(cpu: usize) -> Result<(), Errno> {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    sched_setaffinity(None, &set)?;
+    // Back from the call, it runs there.
+    if sched_getcpu() == cpu {
+        Ok(())
+    } else {
+        Err(Errno::NXIO)
+    }
+}

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Machines of every size, and every way in which a guest can end, under a real guest kernel.
+//!
+//! One static binary in three roles, as the suite `vsock`: the suite, the VMM process of its
+//! machines, and the guest's init.
+
+mod guest;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{env, process};
+
+use anyhow::{Context, Result, ensure};
+use tests::machine::{Machine, Setup};
+use tests::pattern::read_line;
+use vmm::control::ExitReason;
+
+/// The guest's vsock port for one line: what it is to tell, or how to end.
+const CONTROL: u32 = 100;
+/// Tells the CPUs that a thread of the guest ran on.
+const CPUS: &str = "cpus";
+const POWER_OFF: &str = "power off";
+const RESTART: &str = "restart";
+/// The guest's kernel has no use for a system without an init.
+const EXIT: &str = "exit";
+
+/// A machine, and its end.
+struct Case {
+    name: &'static str,
+    vcpus: u8,
+    parameters: &'static str,
+    command: &'static str,
+    reason: ExitReason,
+    /// What the guest's console must show in the end.
+    last_words: &'static str,
+}
+
+const CASES: [Case; 6] = [
+    Case {
+        name: "one_cpu_powered_off",
+        vcpus: 1,
+        parameters: "",
+        command: POWER_OFF,
+        reason: ExitReason::Shutdown,
+        last_words: "",
+    },
+    Case {
+        name: "one_cpu_restarted",
+        vcpus: 1,
+        parameters: "",
+        command: RESTART,
+        reason: ExitReason::Reboot,
+        last_words: "",
+    },
+    Case {
+        name: "two_cpus_in_a_panic",
+        vcpus: 2,
+        parameters: "",
+        command: EXIT,
+        reason: ExitReason::Panic,
+        last_words: "Kernel panic - not syncing: Attempted to kill init!",
+    },
+    Case {
+        name: "one_cpu_in_a_triple_fault",
+        vcpus: 1,
+        // The kernel then restarts by a fault for which it has removed all handlers.
+        parameters: "reboot=triple",
+        command: RESTART,
+        reason: ExitReason::TripleFault,
+        last_words: "",
+    },
+    Case {
+        name: "four_cpus_powered_off",
+        vcpus: 4,
+        parameters: "",
+        command: POWER_OFF,
+        reason: ExitReason::Shutdown,
+        last_words: "",
+    },
+    Case {
+        name: "thirty_two_cpus_powered_off",
+        vcpus: 32,
+        parameters: "",
+        command: POWER_OFF,
+        reason: ExitReason::Shutdown,
+        last_words: "",
+    },
+];
+
+fn main() -> ExitCode {
+    if process::id() == 1 {
+        // It returns only where its end is wanted.
+        guest::run();
+        return ExitCode::FAILURE;
+    }
+    let filter = env::args().nth(1);
+    let result = if filter.as_deref() == Some("vmm") {
+        vmm::process::run().context("vmm").map(|()| true)
+    } else {
+        suite(filter.as_deref())
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("machine: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all cases with `filter` in their names passed.
+fn suite(filter: Option<&str>) -> Result<bool> {
+    let mut failed = Vec::new();
+    let mut count = 0_usize;
+    for case in CASES {
+        if filter.is_some_and(|filter| !case.name.contains(filter)) {
+            continue;
+        }
+        count = count.saturating_add(1);
+        let begin = Instant::now();
+        let result = run(&case);
+        let seconds = begin.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => println!("test {} ... ok ({seconds:.2} s)", case.name),
+            Err(error) => {
+                println!("test {} ... FAILED\n    {error:#}", case.name);
+                failed.push(case.name);
+            }
+        }
+    }
+    ensure!(count > 0, "no case has {filter:?} in its name");
+    println!("{count} machines, failed: {failed:?}");
+    Ok(failed.is_empty())
+}
+
+fn run(case: &Case) -> Result<()> {
+    let mut machine = Machine::start(Setup {
+        vcpus: case.vcpus,
+        parameters: case.parameters,
+        ..Setup::default()
+    })?;
+    let mut control = machine.connect(CONTROL)?;
+    writeln!(control, "{CPUS}")?;
+    let cpus = read_line(&mut control)?;
+    let expected: Vec<_> = (0..case.vcpus).map(|cpu| cpu.to_string()).collect();
+    let expected = expected.join(" ");
+    ensure!(
+        cpus.trim() == expected,
+        "the guest has CPUs {cpus:?}, not {expected}"
+    );
+
+    writeln!(machine.connect(CONTROL)?, "{}", case.command)?;
+    let ended = machine.ended()?;
+    ensure!(ended.reason == case.reason, "{ended}");
+    ensure!(ended.console.contains(case.last_words), "{ended}");
+    Ok(())
+}
