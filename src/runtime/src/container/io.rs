@@ -7,36 +7,30 @@
 //! - The input pipe is held open for writing too, so that a client that goes away doesn't end the
 //!   input. It ends when `CloseIO` was called and every client is gone.
 //!
-//! An output is read from the guest until its end even where nobody wants it: the process would
-//! block on a full pipe. After the process's end, a stream that another process keeps open is
-//! given up once it is quiet.
+//! A process's end is told once its output has been taken: containerd 1.6.20 closes its side of
+//! a pod's pipes as soon as it hears of the end, with whatever is still in them.
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::mem;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
-use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
-use tokio::select;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::debug;
 
+use super::output::{DRAIN, Flow, OutputPump, Sink, settled};
 use crate::agent::{Agent, Output, ProcessName};
 use crate::error::{Context, Kind, Result, ShimError};
 
 /// How much one call carries. A pipe holds as much.
-const CHUNK: u32 = 64 * 1024;
-/// After the process's end: how long the agent may take for an answer. It ends a stream by itself
-/// half a second after the end, once what the pipe holds is read; this is for one that doesn't.
-const QUIET: Duration = Duration::from_secs(30);
-/// After the process's end: how long a client may leave the output where it is.
-const STUCK: Duration = Duration::from_secs(10);
-/// After the process's end: how long all that is left may take.
-const DRAIN: Duration = Duration::from_secs(60);
+pub(super) const CHUNK: u32 = 64 * 1024;
+/// After the process's end: how long it may take until what it wrote is where it belongs.
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// Where a process's streams go, as containerd names them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,13 +55,6 @@ struct Input {
     pipe: pipe::Receiver,
     /// Keeps the pipe from ending with a client; gone after `CloseIO`.
     keeper: Option<File>,
-}
-
-#[derive(Debug)]
-enum Sink {
-    Discard,
-    Pipe(pipe::Sender),
-    File(tokio::fs::File),
 }
 
 impl Stdio {
@@ -146,26 +133,11 @@ fn open_output(stream: &str) -> Result<Sink> {
     Ok(Sink::Pipe(pipe))
 }
 
-impl Sink {
-    async fn write_all(&mut self, data: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Discard => Ok(()),
-            Self::Pipe(pipe) => pipe.write_all(data).await,
-            Self::File(file) => file.write_all(data).await,
-        }
-    }
-
-    async fn flush(&mut self) {
-        if let Self::File(file) = self {
-            let _ = file.flush().await;
-        }
-    }
-}
-
 /// The running pumps of a process.
 #[derive(Debug)]
 pub(crate) struct Pumps {
     outputs: JoinSet<()>,
+    flows: Vec<watch::Receiver<Flow>>,
     input: JoinSet<()>,
     keeper: Option<File>,
     exited: watch::Sender<bool>,
@@ -187,16 +159,12 @@ impl Streams {
             (Output::Stdout, Some(self.stdout)),
             (Output::Stderr, self.stderr),
         ];
+        let mut flows = Vec::new();
         for (stream, sink) in sinks {
             if let Some(sink) = sink {
-                let (agent, process) = (agent.clone(), process.clone());
-                outputs.spawn(pump_output(
-                    agent,
-                    process,
-                    stream,
-                    sink,
-                    exited.subscribe(),
-                ));
+                let pump = OutputPump::new(agent, process, stream, sink, exited.subscribe());
+                flows.push(pump.flow());
+                outputs.spawn(pump.run());
             }
         }
         let terminal = outputs.len() == 1;
@@ -216,6 +184,7 @@ impl Streams {
         };
         Pumps {
             outputs,
+            flows,
             input,
             keeper,
             exited,
@@ -229,70 +198,39 @@ impl Pumps {
         self.keeper = None;
     }
 
+    /// Whether the process has ended.
+    pub(crate) fn ending(&self) -> bool {
+        *self.exited.borrow()
+    }
+
     /// Tells the pumps that the process has ended: no more input, and output only as long as
-    /// there is some.
-    pub(crate) fn process_ended(&mut self) {
+    /// there is some. The first time it answers what waits until the clients have taken it.
+    pub(crate) fn process_ended(&mut self) -> Option<impl Future<Output = ()> + use<>> {
         self.input.abort_all();
         self.close_stdin();
-        self.exited.send_replace(true);
+        if self.exited.send_replace(true) {
+            return None;
+        }
+        let flows = mem::take(&mut self.flows);
+        Some(async move {
+            let all = async {
+                for flow in flows {
+                    settled(flow).await;
+                }
+            };
+            if timeout(SETTLE, all).await.is_err() {
+                debug!("output is not taken in time");
+            }
+        })
     }
 
     /// Waits until all output is delivered, after the process's end.
     pub(crate) async fn drained(mut self) {
         // The pumps bound themselves; the rest is for a file system that hangs.
         let all = async { while self.outputs.join_next().await.is_some() {} };
-        if timeout(DRAIN.saturating_add(QUIET), all).await.is_err() {
+        if timeout(DRAIN.saturating_mul(2), all).await.is_err() {
             debug!("output given up");
         }
-    }
-}
-
-async fn pump_output(
-    agent: Agent,
-    process: ProcessName,
-    stream: Output,
-    mut sink: Sink,
-    exited: watch::Receiver<bool>,
-) {
-    let after_exit = |time: Duration| {
-        let mut exited = exited.clone();
-        async move {
-            // The sender lives as long as the process's record; its end is an end as well.
-            let _ = exited.wait_for(|exited| *exited).await;
-            sleep(time).await;
-        }
-    };
-    let deliver = async {
-        loop {
-            let data = select! {
-                biased;
-                data = agent.read(&process, stream, CHUNK) => data,
-                () = after_exit(QUIET) => break,
-            };
-            match data {
-                Ok(data) if data.is_empty() => break,
-                Ok(data) => {
-                    let written = select! {
-                        biased;
-                        written = sink.write_all(&data) => written,
-                        () = after_exit(STUCK) => Err(io::ErrorKind::TimedOut.into()),
-                    };
-                    if let Err(error) = written {
-                        debug!(?process, ?stream, %error, "output has nowhere to go");
-                        sink = Sink::Discard;
-                    }
-                }
-                Err(error) => {
-                    debug!(?process, ?stream, error = error.chain(), "output ended");
-                    break;
-                }
-            }
-        }
-        sink.flush().await;
-    };
-    select! {
-        () = deliver => {}
-        () = after_exit(DRAIN) => debug!(?process, ?stream, "output given up"),
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod actor;
 pub(crate) mod io;
+mod output;
 mod pause;
 mod process;
 mod registry;

@@ -65,15 +65,16 @@ impl Process {
 
     /// Whether a signal may be sent.
     pub(super) fn check_signal(&self) -> Result<()> {
+        if self.pumps.as_ref().is_some_and(Pumps::ending) {
+            return Err(finished());
+        }
         match self.phase {
             // A container's init exists before its start; an exec's process doesn't.
             Phase::Created if !self.name.exec.is_empty() => {
                 Err(precondition("the process is not started yet"))
             }
             Phase::Created | Phase::Starting { .. } | Phase::Running => Ok(()),
-            Phase::Stopped(_) | Phase::Deleting(_) => {
-                Err(ShimError::new(Kind::NotFound, "process already finished"))
-            }
+            Phase::Stopped(_) | Phase::Deleting(_) => Err(finished()),
         }
     }
 
@@ -101,7 +102,7 @@ impl Process {
         self.phase = Phase::Stopped(exit);
         self.streams = None;
         if let Some(pumps) = &mut self.pumps {
-            pumps.process_ended();
+            drop(pumps.process_ended());
         }
         for waiter in self.waiters.drain(..) {
             let _ = waiter.send(Ok(exit));
@@ -117,6 +118,10 @@ impl Process {
             pumps.close_stdin();
         }
     }
+}
+
+fn finished() -> ShimError {
+    ShimError::new(Kind::NotFound, "process already finished")
 }
 
 pub(super) fn precondition(context: &str) -> ShimError {

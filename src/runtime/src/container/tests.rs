@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The actor against an agent that does what a test tells it to: states, codes and events.
 
+use std::fs::File;
+use std::io::Read as _;
+use std::mem;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,6 +20,8 @@ use protocols::agent::agent::{
     StartContainerRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use protocols::agent::agent_ttrpc::{AgentService, create_agent_service};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, openat};
+use rustix::io::ioctl_fionread;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
@@ -39,6 +45,8 @@ struct Guest {
     start_blocked: watch::Sender<bool>,
     start_fails: watch::Sender<bool>,
     killed: Notify,
+    /// What a process says on its standard output.
+    output: Mutex<Vec<u8>>,
 }
 
 impl Guest {
@@ -143,7 +151,10 @@ impl AgentService for Guest {
         _: &TtrpcContext,
         _: ReadStreamRequest,
     ) -> ttrpc::Result<ReadStreamResponse> {
-        Ok(ReadStreamResponse::new())
+        Ok(ReadStreamResponse {
+            data: mem::take(&mut self.output.lock().unwrap()),
+            ..Default::default()
+        })
     }
 
     async fn read_stderr(
@@ -274,7 +285,11 @@ impl Fixture {
     }
 
     async fn add_exec(&self, exec: &str) -> Result<()> {
-        let (exec, stdio, spec) = (exec.to_owned(), Stdio::default(), Box::default());
+        self.add_exec_with(exec, Stdio::default()).await
+    }
+
+    async fn add_exec_with(&self, exec: &str, stdio: Stdio) -> Result<()> {
+        let (exec, spec) = (exec.to_owned(), Box::default());
         self.container
             .ask(|reply| Command::Exec {
                 exec,
@@ -453,4 +468,41 @@ async fn a_sandbox_container_that_was_never_started_is_ended_and_deleted() {
     assert_eq!(it.delete("").await.unwrap(), 137);
     assert!(it.sandbox.has_ended() || it.sandbox.was_stopped());
     assert_eq!(it.events(), ["/tasks/exit", "/tasks/delete"]);
+}
+
+#[tokio::test]
+async fn an_end_is_told_once_its_output_was_taken() {
+    const SAID: usize = 60_000;
+    let it = Fixture::new().await;
+    it.start("").await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stdout");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let stdio = Stdio {
+        stdout: path.display().to_string(),
+        ..Stdio::default()
+    };
+    it.add_exec_with("e", stdio).await.unwrap();
+    *it.guest.output.lock().unwrap() = vec![b'x'; SAID];
+    let look = OFlags::RDONLY | OFlags::NONBLOCK;
+    let look = openat(CWD, &path, look, Mode::empty()).unwrap();
+    let client = thread::spawn(move || {
+        let mut pipe = File::open(&path).unwrap();
+        let mut taken = 0;
+        let mut part = [0; 4096];
+        loop {
+            match pipe.read(&mut part).unwrap() {
+                0 => return taken,
+                length => taken += length,
+            }
+            // As one who writes a log.
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    it.start("e").await.unwrap();
+    it.guest.exec.send_replace(Some(0));
+    assert_eq!(it.wait("e").await.unwrap(), 0);
+    assert_eq!(ioctl_fionread(&look).unwrap(), 0, "not taken");
+    it.delete("e").await.unwrap();
+    assert_eq!(client.join().unwrap(), SAID);
 }

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::{Actor, Report, SIGKILL, UNKNOWN_STATUS, answer};
 use crate::agent::ProcessName;
-use crate::container::io::Stdio;
+use crate::container::io::{Pumps, Stdio};
 use crate::container::process::{Phase, Process, precondition};
 use crate::container::{Command, Exit, Reply};
 use crate::error::{Kind, Result, ShimError};
@@ -174,6 +174,7 @@ impl Actor {
     pub(super) fn ended(&mut self, exec: &str, exit: Exit) {
         let pid = self.pid;
         let id = self.id.clone();
+        let handle = self.handle.clone();
         let Ok(process) = self.process(exec) else {
             return;
         };
@@ -184,6 +185,14 @@ impl Actor {
             }
             Phase::Created | Phase::Running => {}
             Phase::Stopped(_) | Phase::Deleting(_) => return,
+        }
+        if let Some(settled) = process.pumps.as_mut().and_then(Pumps::process_ended) {
+            let exec = exec.to_owned();
+            tokio::spawn(async move {
+                settled.await;
+                handle.tell(Command::Report(Report::Ended { exec, exit }));
+            });
+            return;
         }
         process.end(exit);
         info!(container = id, exec, status = exit.status, "ended");
