@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A hostile guest's virtio-net buffers. Run: `cargo +nightly fuzz run net_buffers`.
+//! A hostile guest's virtio-net buffers. `cargo xtask fuzz net_buffers`.
 
 #![no_main]
 

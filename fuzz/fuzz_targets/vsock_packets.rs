@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A hostile guest's virtio-vsock packets. Run: `cargo +nightly fuzz run vsock_packets`.
+//! A hostile guest's virtio-vsock packets. `cargo xtask fuzz vsock_packets`.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The project's one door: `cargo xtask run`, `test`, `vm`, `guest`, `bench`, `install`.
+//! The project's one door: `cargo xtask run`, `test`, `vm`, `guest`, `fuzz`, `bench`, `install`.
 
 mod archive;
 mod bench;
@@ -7,6 +7,7 @@ mod build;
 mod busybox;
 mod cache;
 mod containerd;
+mod fuzz;
 mod guest;
 mod install;
 mod packages;
@@ -52,6 +53,14 @@ enum Action {
         /// Folder that `bin` and `share` are in
         #[arg(long, default_value = "/usr", value_name = "DIR")]
         prefix: PathBuf,
+    },
+    /// Feed the parsers of what a guest can write with made-up input
+    Fuzz {
+        /// One target (each without)
+        target: Option<String>,
+        /// Time for each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
     },
     /// Measure in the dev VM, beside the programs to be compared with; JSON on stdout
     Bench {
@@ -164,6 +173,7 @@ fn dispatch(action: Action) -> Result<u8> {
             Ok(0)
         }
         Action::Install { prefix } => install::install(&prefix).map(|()| 0),
+        Action::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds).map(|()| 0),
         Action::Bench { arguments } => bench::run(arguments),
         Action::VmInit => vm::server::init().map(|()| 0),
         Action::VmServe => vm::server::serve().map(|()| 0),
