@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What containers may leave on the host: seen before and after, the difference is a leak.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::ctr::{CRI_NAMESPACE, Ctr, NAMESPACE};
+use crate::descriptors::Descriptors;
 use crate::procs::Process;
 use crate::wait::until;
 
@@ -65,9 +66,14 @@ const DEPTH: usize = 8;
 /// How long the last of a container may take to go: `ctr` returns before the shim has ended.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// The host at one moment: one line a thing.
+/// The host at one moment.
 #[derive(Debug, Clone)]
-pub struct Snapshot(BTreeSet<String>);
+pub struct Snapshot {
+    /// One line a thing.
+    things: BTreeSet<String>,
+    /// What each containerd holds open.
+    containerds: BTreeMap<Process, Descriptors>,
+}
 
 impl Snapshot {
     /// Looks at the host, and at the state folder of the containerd in use.
@@ -99,14 +105,27 @@ impl Snapshot {
         if !ctr.has_vm() {
             things.retain(|thing| !thing.contains(SOCKETS));
         }
-        Ok(Self(things))
+        Ok(Self {
+            things,
+            containerds: containerds()?,
+        })
     }
 
     /// Waits until the host holds nothing that this snapshot doesn't; an error lists what it is.
     pub fn expect_nothing_new(&self, ctr: &Ctr) -> Result<()> {
         let mut new = Vec::new();
         let clean = until("nothing left behind", LIMIT, || {
-            new = Self::take(ctr)?.0.difference(&self.0).cloned().collect();
+            let now = Self::take(ctr)?;
+            new = now.things.difference(&self.things).cloned().collect();
+            for (containerd, descriptors) in &now.containerds {
+                // One that was started or stopped meanwhile can't be compared.
+                if let Some(before) = self.containerds.get(containerd) {
+                    let open = descriptors.beyond(before).into_iter();
+                    new.extend(
+                        open.map(|line| format!("open in {}: {line}", containerd.describe())),
+                    );
+                }
+            }
             Ok(new.is_empty().then_some(()))
         });
         if clean.is_err() {
@@ -154,6 +173,25 @@ fn processes(things: &mut BTreeSet<String>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Every containerd, by what does not change in its life.
+fn containerds() -> Result<BTreeMap<Process, Descriptors>> {
+    let mut found = BTreeMap::new();
+    for process in Process::all()? {
+        if process.name == "containerd"
+            && let Ok(descriptors) = Descriptors::of(&process)
+        {
+            found.insert(
+                Process {
+                    state: ' ',
+                    ..process
+                },
+                descriptors,
+            );
+        }
+    }
+    Ok(found)
 }
 
 /// What joins network devices: qdiscs that take in packets. Their filters go with them.

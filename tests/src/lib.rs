@@ -4,9 +4,11 @@
 
 pub mod bundle;
 pub mod cni;
+pub mod confined;
 pub mod containerd;
 pub mod cri;
 pub mod ctr;
+pub mod descriptors;
 pub mod handlers;
 pub mod installed;
 pub mod leaks;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The virtual machine around the container, from inside and from the host.
 
-use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, ensure};
+use tests::confined::{Expected, expect_confined};
 use tests::ctr::LIMIT;
-use tests::procs::{self, Process};
+use tests::descriptors::{Descriptors, expect_no_more};
+use tests::procs;
 use tests::scenario::{Outcome, vm_scenario};
 
 #[test]
@@ -57,137 +58,47 @@ fn a_container_runs_in_a_vm_of_its_own() -> Outcome {
     })
 }
 
-/// Open files that a VMM needs, by what `/proc/PID/fd` says of them.
-fn kind(target: &str) -> &'static str {
-    const KINDS: [(&str, &str); 12] = [
-        ("anon_inode:kvm-vm", "KVM machine"),
-        ("anon_inode:kvm-vcpu", "KVM vCPU"),
-        ("anon_inode:[eventfd]", "eventfd"),
-        ("anon_inode:[eventpoll]", "epoll"),
-        ("anon_inode:[timerfd]", "timer"),
-        ("anon_inode:[io_uring]", "io_uring"),
-        ("anon_inode:[pidfd]", "pidfd"),
-        ("/dev/kvm", "KVM"),
-        ("/dev/null", "null"),
-        ("/memfd:", "memory"),
-        ("socket:", "socket"),
-        ("pipe:", "pipe"),
-    ];
-    KINDS
-        .iter()
-        .find(|(start, _)| target.starts_with(start))
-        .map_or_else(|| named(target), |(_, kind)| kind)
-}
-
-/// What has a name: containerd's end of the log, which is a FIFO in the bundle, and the folder of
-/// its own descriptors, by which the file server opens again what it has looked up.
-fn named(target: &str) -> &'static str {
-    let folder = target
-        .strip_prefix("/proc/")
-        .and_then(|rest| rest.strip_suffix("/fd"));
-    if folder.is_some_and(|process| process.parse::<u32>().is_ok()) {
-        "own descriptors"
-    } else if target.starts_with("/run/containerd/") && target.ends_with("/log") {
-        "log"
-    } else {
-        "other"
-    }
-}
-
 #[test]
 fn the_vmm_is_a_child_that_holds_no_path() -> Outcome {
     vm_scenario("the_vmm_is_a_child_that_holds_no_path", |ctr| {
         let id = "confined";
         let mut running = ctr.start_run(&[], id, &["sh", "-c", "echo up; cat"])?;
         running.wait_for_stdout("up", LIMIT)?;
-        let shim = procs::shim(id)?;
-        let vmm = procs::vmm(id)?;
-
-        // A child of the shim, no thread of it, and not above it.
-        ensure!(
-            vmm.parent == shim.pid,
-            "{} is no child of {}",
-            vmm.describe(),
-            shim.describe()
-        );
-        ensure!(
-            !shim.threads()?.contains(&vmm.pid),
-            "the VMM is a thread of the shim"
-        );
-        ensure!(
-            !ancestors(&shim).contains(&vmm.pid),
-            "the VMM is above the shim"
-        );
-        for file in shim.files()? {
-            let machine = file.target.starts_with("anon_inode:kvm");
-            ensure!(!machine, "the shim holds the machine: {file:?}");
-        }
-
-        // No path: not in its arguments, its environment, its working directory or its root.
-        let paths: Vec<_> = vmm
-            .arguments()
-            .into_iter()
-            .skip(1)
-            .chain(vmm.environment())
-            .filter(|word| word.contains('/'))
-            .collect();
-        ensure!(paths.is_empty(), "the VMM was told paths: {paths:?}");
-        let folder = vmm.link("cwd")?;
-        ensure!(folder == "/", "the VMM's working directory is {folder}");
-
-        // No file that it doesn't need.
-        let mut kinds: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for file in vmm.files()? {
-            let entry = kinds.entry(kind(&file.target)).or_default();
-            entry.push(format!(
-                "{} -> {} (flags {:o})",
-                file.fd, file.target, file.flags
-            ));
-        }
-        for (kind, files) in &kinds {
-            eprintln!("{kind}: {files:#?}");
-        }
-        let count = |kind| kinds.get(kind).map_or(0, Vec::len);
-        ensure!(count("KVM machine") == 1, "{kinds:#?}");
-        ensure!(count("KVM vCPU") == 1, "{kinds:#?}");
-        ensure!(count("KVM") <= 1, "{kinds:#?}");
-        ensure!(count("own descriptors") <= 1, "{kinds:#?}");
-        // What has a name else: the guest's image, read-only, and what is in the shared tree.
-        for file in vmm
-            .files()?
-            .iter()
-            .filter(|file| kind(&file.target) == "other")
-        {
-            let write = file.flags & 0o3 != 0 && file.flags & 0o10_000_000 == 0;
-            let known = ["kata-containers.img", "/run/kata-containers/shared"]
-                .iter()
-                .any(|name| file.target.contains(name))
-                || file.target == "/";
-            ensure!(known && !write, "the VMM holds {file:?}\nof {kinds:#?}");
-        }
-        let standard: Vec<_> = vmm
-            .files()?
-            .into_iter()
-            .filter(|file| file.fd < 3)
-            .collect();
-        let harmless = |target: &str| matches!(kind(target), "log" | "null" | "pipe" | "socket");
-        ensure!(
-            standard.iter().all(|file| harmless(&file.target)),
-            "{standard:?}"
-        );
-
+        let expected = Expected { vcpus: 1, taps: 0 };
+        expect_confined(&procs::shim(id)?, &procs::vmm(id)?, expected)?;
         running.close_stdin();
         running.finish(LIMIT)?.quietly()?;
         Ok(())
     })
 }
 
-fn ancestors(process: &Process) -> Vec<i32> {
-    let mut ancestors = Vec::new();
-    let mut next = process.parent;
-    while let Some(parent) = Process::read(next) {
-        ancestors.push(parent.pid);
-        next = parent.parent;
-    }
-    ancestors
+#[test]
+fn execs_leave_no_descriptors() -> Outcome {
+    vm_scenario("execs_leave_no_descriptors", |ctr| {
+        let id = "long-lived";
+        ctr.run_detached(&[], id, &["sleep", "1000"])?;
+        let exec = |number: usize| -> anyhow::Result<()> {
+            let mut running = ctr.start_exec(&[], id, &format!("exec-{number}"), &["cat"])?;
+            running.write(b"there and back\n")?;
+            running.close_stdin();
+            let output = running.finish(LIMIT)?.quietly()?;
+            ensure!(output.text() == "there and back", "{output}");
+            Ok(())
+        };
+        // What is opened at first use stays.
+        exec(0)?;
+        let mut before = Vec::new();
+        for process in [procs::shim(id)?, procs::vmm(id)?] {
+            let descriptors = Descriptors::of(&process)?;
+            before.push((process, descriptors));
+        }
+        for number in 1..=5 {
+            exec(number)?;
+        }
+        expect_no_more(&before, LIMIT)?;
+        ctr.kill(id, "SIGKILL")?;
+        ctr.wait_for_status(id, "STOPPED", LIMIT)?;
+        ctr.delete(id)?;
+        Ok(())
+    })
 }

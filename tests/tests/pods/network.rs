@@ -7,10 +7,13 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use tests::cni::{GATEWAYS, Network};
+use tests::confined::{Expected, expect_confined};
 use tests::cri::LIMIT;
 use tests::cri::messages::DNSConfig;
+use tests::descriptors::{Descriptors, expect_no_more};
 use tests::pod::{Container, Pod, Spec};
-use tests::scenario::{Outcome, pod_scenario};
+use tests::procs;
+use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::wait::until;
 
 /// A server of the file `page`, for both families.
@@ -43,6 +46,29 @@ fn containers_of_a_pod_meet_on_localhost() -> Outcome {
             let page = fetch(&client, &format!("http://{}:8080/page", host(address)))?;
             ensure!(page == "from local", "{address}: {page}");
         }
+        pod.remove()
+    })
+}
+
+#[test]
+fn the_vmm_of_a_pod_holds_its_tap_and_no_path() -> Outcome {
+    let name = "the_vmm_of_a_pod_holds_its_tap_and_no_path";
+    pod_vm_scenario(name, |node| {
+        let pod = Pod::run(node, "confined")?;
+        let (shim, vmm) = (procs::shim(&pod.id)?, procs::vmm(&pod.id)?);
+        expect_confined(&shim, &vmm, Expected { vcpus: 1, taps: 1 })?;
+        // Containers that come and go leave nothing open in the shim.
+        let run = |name: &str| {
+            let container = pod.start_script(name, "echo up")?;
+            ensure!(container.wait(LIMIT)? == 0, "exit code");
+            container.remove()
+        };
+        run("first")?;
+        let descriptors = Descriptors::of(&shim)?;
+        for number in 0..3 {
+            run(&format!("c{number}"))?;
+        }
+        expect_no_more(&[(shim, descriptors)], LIMIT)?;
         pod.remove()
     })
 }
