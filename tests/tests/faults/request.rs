@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tests::bundle::Bundle;
 use tests::ctr::{Ctr, LIMIT};
 use tests::process::Output;
-use tests::scenario::{Outcome, scenario};
+use tests::scenario::{Outcome, scenario, vm_scenario};
 
 #[test]
 fn a_command_that_is_missing_or_no_program() -> Outcome {
@@ -87,6 +87,23 @@ fn memory_too_small_for_a_process() -> Outcome {
     scenario(|ctr| {
         let output = ctr.run(&["--memory-limit", "4096"], "memory", &["true"])?;
         output.one_line(&["memory"])?;
+        Ok(())
+    })
+}
+
+#[test]
+fn memory_in_which_a_process_would_never_get_on() -> Outcome {
+    // Its pages push each other out for ever, and the kernel kills nothing: refused. With the
+    // least that is granted a process ends, well or not.
+    let name = "memory_in_which_a_process_would_never_get_on";
+    vm_scenario(name, |ctr| {
+        ctr.run(&["--memory-limit", "300000"], "thrashing", &["true"])?
+            .one_line(&["memory.limit", "300000"])?;
+        let output = ctr.run(&["--memory-limit", "1048576"], "tight", &["true"])?;
+        ensure!(
+            output.code == Some(0) || output.code == Some(137),
+            "{output}"
+        );
         Ok(())
     })
 }

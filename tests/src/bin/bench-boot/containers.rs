@@ -9,8 +9,8 @@ use tests::containerd::{Containerd, Options};
 use tests::ctr::Ctr;
 use tests::procs::{self, Process};
 
-use crate::Settings;
 use crate::report::Row;
+use crate::{Settings, agent};
 
 const RUNC: &str = "io.containerd.runc.v2";
 const MIB: f64 = 1024.0;
@@ -67,6 +67,12 @@ fn idle(ctr: &Ctr) -> Result<Vec<Row>> {
             "3 MiB",
         ),
         Row::single("shim, private", "MiB", private(&shim)?, "6 MiB"),
+        Row::single(
+            "agent, resident",
+            "MiB",
+            kib(agent::resident(id)? / 1024) / MIB,
+            "4 MiB",
+        ),
         Row::single("idle pod, PSS, guest memory included", "MiB", pss, "40 MiB"),
     ];
 
