@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tests::cri::LIMIT;
 use tests::cri::messages::Mount;
 use tests::node::Node;
@@ -23,6 +23,8 @@ const SLOW: Duration = Duration::from_secs(10);
 /// How much longer a neighbour may wait for an answer meanwhile.
 const MORE: Duration = Duration::from_millis(50);
 const SAMPLES: usize = 15;
+/// A machine that others use as well may stumble once; a shim that waits for a guest does so always.
+const ROUNDS: usize = 3;
 
 #[test]
 fn a_hundred_pods_leave_nothing() -> Outcome {
@@ -85,7 +87,7 @@ fn a_slow_create_delays_nobody_else() -> Outcome {
         let slow = SlowFs::mount(&point)?;
         let pod = Pod::run(node, "slow")?;
         let neighbour = pod.start_script("neighbour", "exec sleep 1000")?;
-        let before = answers(node, &neighbour)?;
+        let mut usual = answers(node, &neighbour)?;
 
         let mut config = pod.container("slow", "ls /slow");
         config.mounts.push(Mount {
@@ -99,7 +101,13 @@ fn a_slow_create_delays_nobody_else() -> Outcome {
             let measured = (|| {
                 slow.wait_for_a_runtime(LIMIT, || creating.is_finished())?;
                 let begin = Instant::now();
-                let meanwhile = answers(node, &neighbour)?;
+                let mut meanwhile = answers(node, &neighbour)?;
+                for _ in 1..ROUNDS {
+                    if slower(&meanwhile, &usual).is_none() {
+                        break;
+                    }
+                    meanwhile = answers(node, &neighbour)?;
+                }
                 neighbour.shell("true").context("an exec meanwhile")?;
                 neighbour.stop(0).context("a kill meanwhile")?;
                 ensure!(neighbour.wait(LIMIT)? == 137, "the neighbour's exit code");
@@ -124,24 +132,32 @@ fn a_slow_create_delays_nobody_else() -> Outcome {
         // The machine may be busier now than it was before.
         let again = pod.start_script("again", "exec sleep 1000")?;
         let after = answers(node, &again)?;
-        for (name, before, meanwhile, after) in [
-            ("state", before[0], meanwhile[0], after[0]),
-            ("stats", before[1], meanwhile[1], after[1]),
-            ("kill", before[2], meanwhile[2], after[2]),
-        ] {
-            let usual = before.max(after);
-            println!("{name}: {meanwhile:.1?} beside a slow create, {usual:.1?} without");
-            ensure!(
-                meanwhile <= usual + MORE,
-                "{name}: {meanwhile:.1?} beside a slow create, {usual:.1?} without"
-            );
+        for (usual, after) in usual.iter_mut().zip(after) {
+            *usual = after.max(*usual);
+        }
+        if let Some(words) = slower(&meanwhile, &usual) {
+            bail!("{words}");
         }
         pod.remove()
     })
 }
 
+/// What takes longer than it may beside a slow create, in words.
+fn slower(meanwhile: &Answers, usual: &Answers) -> Option<String> {
+    let names = ["state", "stats", "kill"].into_iter();
+    let mut all = names.zip(meanwhile.iter().zip(usual));
+    all.find_map(|(name, (meanwhile, usual))| {
+        println!("{name}: {meanwhile:.1?} beside a slow create, {usual:.1?} without");
+        (meanwhile.saturating_sub(*usual) > MORE)
+            .then(|| format!("{name}: {meanwhile:.1?} beside a slow create, {usual:.1?} without"))
+    })
+}
+
+/// Of state, statistics and a signal.
+type Answers = [Duration; 3];
+
 /// How long a shim takes to tell a state, statistics, and to send a signal: medians.
-fn answers(node: &Node, container: &Container) -> Result<[Duration; 3]> {
+fn answers(node: &Node, container: &Container) -> Result<Answers> {
     let id = container.id.as_str();
     let calls: [&dyn Fn() -> Result<()>; 3] =
         [&|| node.state(id), &|| node.metrics(id), &|| node.nudge(id)];
