@@ -37,6 +37,8 @@ const TASK_SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3
 /// How long to wait after a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long the answer to `Shutdown` has to reach the socket.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
 /// How long the last answers and events may take to be delivered.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -138,7 +140,9 @@ async fn serve(
     {
         warn!(%error, path = %path.display(), "socket not removed");
     }
-    // Lets the answer to `Shutdown` out.
+    // Lets the answer to `Shutdown` out: the server's own end waits for calls, not for their answers
+    // to be written.
+    sleep(LAST_ANSWER).await;
     let _ = timeout(FAREWELL, server.shutdown()).await;
     info!("finished");
     Ok(())

@@ -7,6 +7,7 @@
 mod cgroup;
 mod cmdline;
 mod cpus;
+mod files;
 pub(crate) mod journal;
 mod network;
 mod plan;
@@ -35,6 +36,7 @@ use self::cgroup::Cgroup;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
+pub(crate) use self::files::PodFiles;
 use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;

@@ -11,6 +11,7 @@ use protocols::containerd::cri::PodSandboxConfig;
 use rustix::fs::statfs;
 use tracing::warn;
 
+use super::files::PodFiles;
 use super::size::Size;
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
@@ -18,7 +19,7 @@ use crate::network::{Model, Place};
 use crate::spec::{Mount, Spec};
 
 /// Where every container finds its shared memory.
-const SHM: &str = "/dev/shm";
+pub(super) const SHM: &str = "/dev/shm";
 
 /// Where every container finds its name servers.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -55,6 +56,8 @@ pub(crate) struct PodPlan {
     pub(crate) cgroup: String,
     /// Kernel parameters of the pod's namespaces.
     pub(crate) sysctls: HashMap<String, String>,
+    /// What containerd leaves to the runtime.
+    pub(crate) files: Option<PodFiles>,
 }
 
 impl Plan {
@@ -100,6 +103,7 @@ impl Plan {
                     .filter(|parent| !parent.is_empty())
                     .map_or_else(String::new, |parent| format!("{parent}/{id}")),
                 sysctls: linux.sysctls.clone(),
+                files: None,
             }),
         })
     }
@@ -131,6 +135,7 @@ impl Plan {
                 shm_size: bind(SHM).map_or(SHM_SIZE, shm_size),
                 cgroup: spec.linux.cgroups_path.clone(),
                 sysctls: spec.linux.sysctl.clone(),
+                files: None,
             }),
         })
     }

@@ -282,6 +282,10 @@ async fn stop(sandbox: &Sandbox) {
 }
 
 fn amend(spec: &mut Spec, id: &str, config: &Config, sandbox: Option<&Sandbox>) -> Result<Amended> {
+    let plan = sandbox.and_then(|sandbox| sandbox.plan().pod.as_ref());
+    if let Some(files) = plan.and_then(|plan| plan.files.as_ref()) {
+        files.mount(&mut spec.mounts);
+    }
     let pod = sandbox.and_then(|sandbox| {
         let plan = sandbox.plan().pod.as_ref()?;
         Some(spec::Pod {

@@ -36,7 +36,7 @@ use crate::container::{Command, Exit, Parts, Pause, Snapshot, Status};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::events::Publisher;
 use crate::hooks::Hooks;
-use crate::sandbox::Plan;
+use crate::sandbox::{Plan, PodFiles};
 use crate::spec::Spec;
 
 /// Name of the pod's configuration on the wire.
@@ -104,15 +104,14 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
     let _reservation = shim.registry.reserve(id)?;
     let pod = pod_config(request.options.as_ref())?;
     let config = Config::for_sandbox(shim.options.as_ref(), &pod.annotations)?;
-    let plan = Plan::of_config(id, &pod, &request.netns_path, &config)?;
+    let bundle = Path::new(&request.bundle_path);
+    let mut plan = Plan::of_config(id, &pod, &request.netns_path, &config)?;
+    if let Some(plan) = &mut plan.pod {
+        plan.files = Some(PodFiles::write(bundle, &pod, &plan.dns)?);
+    }
     let sandbox = create::boot(&shim, id, config, plan, |_| Ok(())).await?;
     let stdio = Stdio::default();
-    let hooks = Hooks::new(
-        &Spec::default(),
-        id,
-        Path::new(&request.bundle_path),
-        shim.host.clone(),
-    );
+    let hooks = Hooks::new(&Spec::default(), id, bundle, shim.host.clone());
     shim.let_stand(Pause::spawn(Parts {
         id: id.clone(),
         bundle: request.bundle_path,
