@@ -63,7 +63,8 @@ pub fn allocate(ranges: &[Range<u64>]) -> Result<GuestMemoryMmap, MemoryError> {
 /// Copied, not mapped: Linux patches nearly every page of its text at boot (returns, alternatives,
 /// static calls), so a private mapping shares nothing in the end and costs a fault a page.
 /// Measured in the dev VM with a 20 MiB kernel: 11 400 page faults mapped, 55 copied into huge
-/// pages; memory use is the same.
+/// pages. Those cost memory: an idle guest of 256 MiB holds 45 MiB of the host's, 36 MiB where
+/// huge pages are off, but then its boot takes 1.4 times as long.
 ///
 /// # Errors
 /// The file is too short or can't be read, or guest memory ends before.
