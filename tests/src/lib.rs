@@ -14,6 +14,7 @@ pub mod installed;
 pub mod leaks;
 pub mod machine;
 pub mod netlink;
+pub mod netns;
 pub mod node;
 pub mod pattern;
 pub mod pod;

@@ -134,6 +134,12 @@ const SUITES: &[Suite] = &[
         place: Place::DevVm,
     },
     Suite {
+        name: "network",
+        about: "network namespaces, carried into the guest",
+        quick: false,
+        place: Place::DevVm,
+    },
+    Suite {
         name: "pods",
         about: "pods through containerd's CRI plugin",
         quick: false,
