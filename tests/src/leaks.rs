@@ -44,6 +44,9 @@ const PARENTS: [&str; 11] = [
     "/var/lib/containerd/io.containerd.runtime.v2.task",
 ];
 
+/// Made by `ip netns` at its first use and kept.
+const NAMED_NAMESPACES: &str = "/run/netns";
+
 /// What a private containerd keeps of its pods, below its root.
 const PRIVATE: [&str; 2] = [
     "root/io.containerd.grpc.v1.cri",
@@ -142,6 +145,9 @@ fn mounts(things: &mut BTreeSet<String>) -> Result<()> {
         let (head, tail) = line.split_once(" - ").unwrap_or((line, ""));
         let mut fields = head.split(' ').skip(3);
         let (root, point) = (fields.next().unwrap_or(""), fields.next().unwrap_or(""));
+        if point == NAMED_NAMESPACES {
+            continue;
+        }
         let kind: Vec<_> = tail.split(' ').take(2).collect();
         things.insert(format!("mount {point} ({} of {root})", kind.join(" ")));
     }

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A network namespace with an interface in it, as a container network would leave it.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::process::Command;
+use std::{io, thread};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::ctr::LIMIT;
 use crate::process::{Output, Running};
@@ -43,7 +47,7 @@ impl Netns {
     /// The path by which containers are given it.
     #[must_use]
     pub fn flag(&self) -> String {
-        format!("network:/run/netns/{}", self.name)
+        format!("network:{}", self.path())
     }
 
     /// Adds a pair of interfaces with addresses, each with a network of its own.
@@ -79,6 +83,25 @@ impl Netns {
     /// The name of a pair's end on the host.
     fn outside(&self, inside: &str) -> String {
         format!("{}-{inside}", self.name)
+    }
+
+    /// Does `work` in it, on a thread of its own. A socket stays in the namespace that it was made
+    /// in.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let namespace = File::open(self.path())?;
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let kind = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(namespace.as_fd(), kind)?;
+                io::Result::Ok(work())
+            });
+            inside.join().map_err(|_| anyhow!("panicked"))
+        })?
+        .with_context(|| format!("entering {}", self.path()))
+    }
+
+    fn path(&self) -> String {
+        format!("/run/netns/{}", self.name)
     }
 
     /// Runs `ip` in it.

@@ -17,6 +17,8 @@ pub(crate) struct Parameters {
     pub(crate) server: String,
     /// `agent.ready_vport`: the host's vsock port that is told once the server listens.
     pub(crate) ready_port: Option<u32>,
+    /// `agent.forward_vport`: the vsock port where streams are connected to TCP ports of the guest.
+    pub(crate) forward_port: Option<u32>,
     /// `agent.boot_progress`: the VMM wants to see the moment that init runs.
     pub(crate) boot_progress: bool,
     /// `agent.launch_process_timeout` (seconds): how long a new process may take to be set up.
@@ -31,6 +33,7 @@ impl Default for Parameters {
             log: LevelFilter::WARN,
             server: DEFAULT_SERVER.to_owned(),
             ready_port: None,
+            forward_port: None,
             boot_progress: false,
             launch_timeout: Duration::from_secs(30),
             hotplug_timeout: Duration::from_secs(10),
@@ -52,6 +55,7 @@ impl Parameters {
                 "log" => parameters.log = level(value).unwrap_or(parameters.log),
                 "server_addr" => value.clone_into(&mut parameters.server),
                 "ready_vport" => parameters.ready_port = value.parse().ok(),
+                "forward_vport" => parameters.forward_port = value.parse().ok(),
                 "boot_progress" => parameters.boot_progress = !matches!(value, "0" | "false"),
                 "launch_process_timeout" => set_seconds(&mut parameters.launch_timeout, value),
                 "hotplug_timeout" => set_seconds(&mut parameters.hotplug_timeout, value),
@@ -99,7 +103,7 @@ mod tests {
     fn reads_its_words_among_the_kernels() {
         let parameters = Parameters::from_cmdline(
             "root=/dev/vda ro quiet agent.log=debug agent.ready_vport=1024 agent.boot_progress \
-             agent.hotplug_timeout=7 agent.server_addr=unix:///run/a.sock init=/sbin/init\n",
+             agent.forward_vport=9 agent.hotplug_timeout=7 agent.server_addr=unix:///run/a.sock init=/sbin/init\n",
         );
         assert_eq!(
             parameters,
@@ -107,6 +111,7 @@ mod tests {
                 log: LevelFilter::DEBUG,
                 server: "unix:///run/a.sock".to_owned(),
                 ready_port: Some(1024),
+                forward_port: Some(9),
                 boot_progress: true,
                 hotplug_timeout: Duration::from_secs(7),
                 ..Parameters::default()

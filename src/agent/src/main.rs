@@ -12,6 +12,7 @@ mod cmdline;
 mod container;
 mod engine;
 mod error;
+mod forward;
 mod init;
 mod mount;
 mod network;
@@ -85,6 +86,9 @@ fn run(is_init: bool) -> Result<()> {
         let reaper = Reaper::default();
         reaper.start()?;
         let sandbox = Arc::new(Sandbox::new(&parameters, reaper));
+        if let Some(port) = parameters.forward_port {
+            forward::start(port)?;
+        }
         let server = listener.serve(Arc::clone(&sandbox)).await?;
         sandbox.destroyed().await;
         // Not shut down in order: that would wait for calls that wait for events.

@@ -2,6 +2,8 @@
 //! The system calls that have no safe wrapper.
 #![expect(unsafe_code, reason = "the one module of the crate that may")]
 
+pub(crate) mod bpf;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 

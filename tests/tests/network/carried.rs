@@ -45,8 +45,8 @@ fn serve(bulk: &[u8]) -> Result<Vec<u16>> {
     Ok(ports)
 }
 
-/// Pings the host, and takes what it sends, by both families.
-fn transfer(ctr: &Ctr, id: &str, mtu: u32) -> Result<()> {
+/// Pings the host, and takes what it sends, by both families. Each CPU has its queue.
+fn transfer(ctr: &Ctr, id: &str, mtu: u32, cpus: &str) -> Result<()> {
     let pod = Netns::wired("nutshell-n", mtu)?;
     let before = pod.state()?;
     let bulk = bulk();
@@ -67,12 +67,13 @@ fn transfer(ctr: &Ctr, id: &str, mtu: u32) -> Result<()> {
                 "ping -c 1 -W 20 -s {whole} {} >/dev/null || echo no large packets",
                 HOST[0]
             ),
-            "cat /sys/class/net/eth0/mtu".to_owned(),
+            "cat /sys/class/net/eth0/mtu; ls -d /sys/class/net/eth0/queues/rx-* | wc -l".to_owned(),
         ])
         .collect();
-    let output = ctr.run_script(&["--with-ns", &pod.flag()], id, &script.join("\n"))?;
+    let flags = ["--cpus", cpus, "--with-ns", &pod.flag()];
+    let output = ctr.run_script(&flags, id, &script.join("\n"))?;
     let sum = md5sum(&bulk)?;
-    let expected = [sum.clone(), sum, mtu.to_string()].join("\n");
+    let expected = [sum.as_str(), &sum, &mtu.to_string(), cpus].join("\n");
     ensure!(output.text() == expected, "{output}\nexpected {expected}");
     output.quietly()?;
     until("the namespace as before", LIMIT, || {
@@ -91,14 +92,14 @@ fn md5sum(bytes: &[u8]) -> Result<String> {
 #[test]
 fn packets_pass_both_ways() -> Outcome {
     vm_scenario("packets_pass_both_ways", |ctr| {
-        transfer(ctr, "net-1500", 1500)
+        transfer(ctr, "net-1500", 1500, "1")
     })
 }
 
 #[test]
-fn large_packets_pass_both_ways() -> Outcome {
-    vm_scenario("large_packets_pass_both_ways", |ctr| {
-        transfer(ctr, "net-9000", 9000)
+fn large_packets_pass_both_ways_by_two_queues() -> Outcome {
+    vm_scenario("large_packets_pass_both_ways_by_two_queues", |ctr| {
+        transfer(ctr, "net-9000", 9000, "2")
     })
 }
 
@@ -114,7 +115,7 @@ fn a_macvtap_does_the_same() -> Outcome {
                 ..Options::default()
             },
         )?;
-        transfer(containerd.ctr(), "net-macvtap", 1500)
+        transfer(containerd.ctr(), "net-macvtap", 1500, "2")
     })
 }
 

@@ -23,7 +23,7 @@ impl<'a> Guest<'a> {
     }
 
     fn ask(&mut self, script: &str) -> Result<Output> {
-        self.execs += 1;
+        self.execs = self.execs.saturating_add(1);
         let exec = format!("e{}", self.execs);
         self.ctr.exec(&[], self.id, &exec, &["sh", "-c", script])
     }
@@ -84,8 +84,6 @@ fn what_comes_before_the_start_is_there_at_the_start() -> Outcome {
     vm_scenario("what_comes_before_the_start_is_there_at_the_start", |ctr| {
         let pod = Netns::empty("nutshell-n")?;
         let id = "net-early";
-        let image = ctr.image();
-        let script = "cat /sys/class/net/eth0/address; ip route; ping -c 1 -W 20 10.99.0.1";
         ctr.call(&[
             "container",
             "create",
@@ -93,17 +91,17 @@ fn what_comes_before_the_start_is_there_at_the_start() -> Outcome {
             ctr.runtime(),
             "--with-ns",
             &pod.flag(),
-            image,
+            ctr.image(),
             id,
+            // `ctr` would take a script's `-c` for a flag of its own.
             "sh",
-            "-c",
-            script,
         ])?
         .quietly()?;
         // `ctr task start` creates and starts in one: the interface is made before, and set up
         // while the machine boots.
         let mut running = ctr.start(&["task", "start", id])?;
-        running.close_stdin();
+        let script = "cat /sys/class/net/eth0/address; ip route; ping -c 1 -W 20 10.99.0.1";
+        running.feed(script.as_bytes().to_vec())?;
         until("the machine's process", LIMIT, || {
             Ok(tests::procs::vmm(id).ok().map(|_| ()))
         })?;

@@ -9,3 +9,4 @@
 mod carried;
 mod faults;
 mod later;
+mod loopback;

@@ -14,6 +14,7 @@ const UNSAFE_MODULES: &[&str] = &[
     "src/agent/src/sys/",
     "src/fuse-server/src/syscall.rs",
     "src/runtime/src/raw.rs",
+    "src/runtime/src/raw/",
     "src/vmm/src/sys/",
     "tests/src/sys.rs",
     "xtask/src/probe/guest.rs",

@@ -14,6 +14,7 @@
 //! the interface's number and name. Numbers are chosen here, at random, so that they are known.
 
 mod guest;
+mod loopback;
 mod namespace;
 mod netlink;
 mod scan;
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use vmm::control::MAX_QUEUE_PAIRS;
 
+pub(crate) use self::loopback::Loopback;
 pub(crate) use self::namespace::Namespace;
 use self::namespace::NamespaceId;
 use self::netlink::{Changes, Socket};
@@ -128,8 +130,8 @@ struct Endpoint {
     /// The device's name, which is the tap's.
     id: String,
     tap: u32,
-    /// Whether the interface had no ingress qdisc before.
-    qdisc: bool,
+    /// Set once the interface may be redirected: whether the qdisc for that was made, too.
+    redirect: Option<bool>,
 }
 
 /// A namespace that is carried into a guest.
@@ -175,6 +177,11 @@ impl Network {
         &self.namespace
     }
 
+    /// Listens on the loopback interface of the namespace.
+    pub(crate) fn loopback(&self) -> io::Result<Loopback> {
+        Loopback::listen(&self.namespace)
+    }
+
     /// Becomes readable when there is something to follow.
     pub(crate) fn changes(&self) -> io::Result<OwnedFd> {
         self.changes.as_fd().try_clone_to_owned()
@@ -192,8 +199,7 @@ impl Network {
         if self.joined.is_some() && !changed {
             return Ok(plan);
         }
-        let own = self.endpoints.iter().map(|it| it.tap).collect();
-        let mut state = scan::scan(&mut self.socket, &own)?;
+        let mut state = scan::scan(&mut self.socket)?;
         let joined = self.joined.take().unwrap_or_default();
         let refused = state.refused.difference(&joined.refused);
         let error = |reason: &String| ShimError::new(Kind::FailedPrecondition, reason.clone());
@@ -278,7 +284,7 @@ impl Network {
             interface: interface.clone(),
             id: id.clone(),
             tap: random_index()?,
-            qdisc: false,
+            redirect: None,
         };
         journal.record(Object::Link(Link {
             namespace: self.namespace.id().clone(),
@@ -335,7 +341,10 @@ impl Network {
             })?;
         let socket = &mut self.socket;
         let mut wire = || {
-            endpoint.qdisc = !tc::has_ingress(socket, interface.index)?;
+            let qdisc = !tc::has_ingress(socket, interface.index)?;
+            if !qdisc && tc::has_redirect(socket, interface.index)? {
+                return Err(io::Error::from_raw_os_error(libc::EEXIST));
+            }
             // Written down as it will be before it is.
             journal
                 .record(Object::Redirect {
@@ -344,12 +353,13 @@ impl Network {
                         index: interface.index,
                         name: interface.name.clone(),
                     },
-                    qdisc: endpoint.qdisc,
+                    qdisc,
                 })
                 .map_err(io::Error::other)?;
+            endpoint.redirect = Some(qdisc);
             tap::set_up(socket, tap, interface.mtu)?;
             tc::add_ingress(socket, tap)?;
-            if endpoint.qdisc {
+            if qdisc {
                 tc::add_ingress(socket, interface.index)?;
             }
             tc::add_redirect(socket, tap, interface.index)?;
@@ -391,13 +401,9 @@ impl Network {
     /// removed stays in the journal.
     fn part(&mut self, endpoint: &Endpoint) {
         let interface = &endpoint.interface;
-        if self.settings.model == Model::TcFilter
-            && let Err(error) = unredirect(
-                &mut self.socket,
-                interface.index,
-                &interface.name,
-                endpoint.qdisc,
-            )
+        if let Some(qdisc) = endpoint.redirect
+            && let Err(error) =
+                unredirect(&mut self.socket, interface.index, &interface.name, qdisc)
         {
             warn!(interface = interface.name, %error, "still redirected");
         }
@@ -456,11 +462,15 @@ fn in_use(error: io::Error, name: &str) -> io::Error {
     }
 }
 
-/// A number that no interface has: the kernel gives out small ones.
+/// From here on are the numbers of taps, of this sandbox or another: the kernel gives out small
+/// ones.
+const FIRST_TAP: u32 = 1 << 30;
+
+/// A number that no interface has.
 fn random_index() -> Result<u32> {
     let mut bytes = [0; 4];
     getrandom(&mut bytes, GetRandomFlags::empty()).internal(|| "random number".to_owned())?;
-    Ok(u32::from_ne_bytes(bytes) >> 2 | 1 << 30)
+    Ok(u32::from_ne_bytes(bytes) >> 2 | FIRST_TAP)
 }
 
 /// What to tell a guest that has `old`, so that it has `new`.

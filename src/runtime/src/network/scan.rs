@@ -21,6 +21,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use tracing::{debug, warn};
 
+use super::FIRST_TAP;
 use super::netlink::Socket;
 use crate::error::{Context, Result};
 
@@ -82,8 +83,8 @@ pub(super) struct Neighbour {
     pub(super) mac: Mac,
 }
 
-/// Reads the socket's namespace; `own` are the indices of the taps that are ours.
-pub(super) fn scan(socket: &mut Socket, own: &BTreeSet<u32>) -> Result<State> {
+/// Reads the socket's namespace.
+pub(super) fn scan(socket: &mut Socket) -> Result<State> {
     let mut state = State::default();
     let mut list = |what: &str, request| {
         let messages = socket.dump(&request);
@@ -101,7 +102,7 @@ pub(super) fn scan(socket: &mut Socket, own: &BTreeSet<u32>) -> Result<State> {
         let RouteNetlinkMessage::NewLink(link) = message else {
             continue;
         };
-        if own.contains(&link.header.index) {
+        if link.header.index >= FIRST_TAP {
             continue;
         }
         let found = addresses_of(link.header.index, &addresses);

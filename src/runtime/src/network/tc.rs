@@ -40,6 +40,17 @@ pub(super) fn has_ingress(socket: &mut Socket, index: u32) -> io::Result<bool> {
     }))
 }
 
+/// Whether what comes in at the interface is redirected already.
+pub(super) fn has_redirect(socket: &mut Socket, index: u32) -> io::Result<bool> {
+    let mut request = message(index)?;
+    request.header.parent = INGRESS_QDISC;
+    let list = socket.dump(&RouteNetlinkMessage::GetTrafficFilter(request))?;
+    Ok(list.iter().any(|message| match message {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => filter.header.info >> 16 == PRIORITY,
+        _ => false,
+    }))
+}
+
 pub(super) fn add_ingress(socket: &mut Socket, index: u32) -> io::Result<()> {
     let message = RouteNetlinkMessage::NewQueueDiscipline(ingress(index)?);
     socket.change(message, NLM_F_CREATE | NLM_F_EXCL)

@@ -138,6 +138,6 @@ fn twins_are_refused_by_name() {
 fn the_numbers_of_taps_are_out_of_the_way() {
     for _ in 0..100 {
         let index = random_index().unwrap();
-        assert!(index >= 1 << 30 && i32::try_from(index).is_ok());
+        assert!(index >= FIRST_TAP && i32::try_from(index).is_ok());
     }
 }

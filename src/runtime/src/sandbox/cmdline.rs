@@ -15,7 +15,7 @@ const VERBOSE: &str = "console=ttyS0 8250.nr_uarts=1";
 
 /// No interface but the machine's own; the image's disk, the agent, and what the agent has to tell.
 const COMMON: &str = "dummy.numdummies=0 root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
-    agent.ready_vport=1024 agent.boot_progress";
+    agent.ready_vport=1024 agent.forward_vport=1028 agent.boot_progress";
 
 /// What the agent logs where nothing is said.
 const AGENT_LEVEL: Level = Level::WARN;

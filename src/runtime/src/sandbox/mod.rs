@@ -8,6 +8,7 @@ mod cgroup;
 mod cmdline;
 mod cpus;
 mod files;
+mod forward;
 pub(crate) mod journal;
 mod network;
 mod plan;
@@ -37,6 +38,7 @@ use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
 pub(crate) use self::files::PodFiles;
+use self::forward::Forwarder;
 use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
@@ -55,6 +57,9 @@ const AGENT_PORT: u32 = 1024;
 /// How long the guest may take to end what runs in it and to write its files out.
 const GOODBYE: Duration = Duration::from_secs(5);
 
+/// The longest line of an answer.
+const MAX_LINE: usize = 256;
+
 /// How long a connection to a listening agent may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -71,6 +76,8 @@ pub(crate) struct Sandbox {
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
     network: Option<Arc<Mutex<Network>>>,
+    /// Who forwards ports, until it begins.
+    forwarder: Mutex<Option<Forwarder>>,
 }
 
 /// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
@@ -210,6 +217,9 @@ impl Booting {
 
     /// Waits for the agent and sets the sandbox up in the guest.
     pub(crate) async fn finish(mut self) -> Result<Sandbox> {
+        // While the guest boots.
+        let network = self.network.as_ref();
+        let forwarder = network.and_then(|it| Forwarder::new(it, paths::vsock(&self.name)));
         match self.connect().await {
             Ok(agent) => {
                 info!(
@@ -228,6 +238,7 @@ impl Booting {
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
                     network: self.network.map(|it| Arc::new(Mutex::new(it))),
+                    forwarder: Mutex::new(forwarder),
                 })
             }
             Err(error) => {
@@ -253,7 +264,7 @@ impl Booting {
             self.config.image.display()
         );
         self.vm.ready(self.config.boot_timeout, &files).await?;
-        let stream = dial(&paths::vsock(&self.name)).await?;
+        let stream = dial(&paths::vsock(&self.name), AGENT_PORT).await?;
         let agent = Agent::new(stream, self.config.call_timeout);
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
         if let Some(pod) = &self.plan.pod {
@@ -291,6 +302,7 @@ impl Sandbox {
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,
+            forwarder: Mutex::default(),
         }
     }
 
@@ -423,26 +435,18 @@ fn open(what: &str, path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Connects to the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
-async fn dial(path: &Path) -> Result<UnixStream> {
-    let context = || format!("connect to the agent at {}", path.display());
+/// Connects to a port of the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
+async fn dial(path: &Path, port: u32) -> Result<UnixStream> {
+    let context = || format!("connect to the agent's port {port} at {}", path.display());
     let handshake = async {
         let mut stream = UnixStream::connect(path).await?;
         stream
-            .write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())
+            .write_all(format!("CONNECT {port}\n").as_bytes())
             .await?;
-        let mut line = Vec::new();
-        // Byte by byte: what follows the line is the agent's.
-        while line.last() != Some(&b'\n') {
-            if line.len() > 32 {
-                return Err(io::Error::other("the answer to CONNECT is too long"));
-            }
-            line.push(stream.read_u8().await?);
-        }
-        if line.starts_with(b"OK ") {
+        let line = read_line(&mut stream).await?;
+        if line.starts_with("OK ") {
             Ok(stream)
         } else {
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
             Err(io::Error::other(format!(
                 "CONNECT was answered by {line:?}"
             )))
@@ -452,4 +456,16 @@ async fn dial(path: &Path) -> Result<UnixStream> {
         .await
         .context(Kind::DeadlineExceeded, context)?
         .context(Kind::Unavailable, context)
+}
+
+/// The next line, byte by byte: what follows it is somebody else's.
+async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+    let mut line = Vec::new();
+    loop {
+        match stream.read_u8().await? {
+            b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
+            _ if line.len() > MAX_LINE => return Err(io::Error::other("the answer is too long")),
+            byte => line.push(byte),
+        }
+    }
 }

@@ -223,6 +223,7 @@ pub(super) async fn boot(
     shim.adopt(&sandbox);
     tokio::spawn(report_out_of_memory(Arc::clone(shim), Arc::clone(&sandbox)));
     tokio::spawn(Arc::clone(&sandbox).watch_network());
+    tokio::spawn(Arc::clone(&sandbox).forward_ports());
     Ok(sandbox)
 }
 
