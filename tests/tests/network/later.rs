@@ -100,7 +100,9 @@ fn what_comes_before_the_start_is_there_at_the_start() -> Outcome {
         // `ctr task start` creates and starts in one: the interface is made before, and set up
         // while the machine boots.
         let mut running = ctr.start(&["task", "start", id])?;
-        let script = "cat /sys/class/net/eth0/address; ip route; ping -c 1 -W 20 10.99.0.1";
+        // `ctr` may miss to tell of the input's end, where that comes before the task.
+        let script =
+            "cat /sys/class/net/eth0/address; ip route; ping -c 1 -W 20 10.99.0.1; exit\n";
         running.feed(script.as_bytes().to_vec())?;
         until("the machine's process", LIMIT, || {
             Ok(tests::procs::vmm(id).ok().map(|_| ()))

@@ -71,6 +71,12 @@ impl Tap {
             source: source.into(),
         };
         rustix::io::ioctl_fionbio(&fd, true).map_err(failed)?;
+        // A macvtap's queues each have their own.
+        let size = i32::try_from(HEADER_LEN).unwrap_or(i32::MAX);
+        raw::set_header_size(&fd, size).map_err(|source| NetError::Tap {
+            what: "be told the size of its headers",
+            source,
+        })?;
         Ok(Self {
             file: fd.into(),
             attached: AtomicBool::new(true),
@@ -122,9 +128,7 @@ impl Tap {
         if offloads & CSUM == 0 {
             offloads = 0;
         }
-        self.set_offloads(offloads)?;
-        let size = i32::try_from(HEADER_LEN).map_err(io::Error::other)?;
-        raw::set_header_size(&self.file, size)
+        self.set_offloads(offloads)
     }
 
     /// Whether the interface hands packets to this queue. Only for taps with several.
