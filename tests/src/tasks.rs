@@ -2,10 +2,13 @@
 //! containerd's own service for tasks: each of its calls is one of the shim's.
 
 use anyhow::{Context, Result};
+use protobuf::Message;
 use serde_json::Value;
 
 use crate::cri::LIMIT;
-use crate::cri::messages::{Empty, KillRequest, MetricsRequest, TaskRequest};
+use crate::cri::messages::{
+    Empty, KillRequest, MetricsRequest, MetricsResponse, TaskMetrics, TaskRequest,
+};
 use crate::node::Node;
 use crate::process::Running;
 use crate::wait::until;
@@ -25,13 +28,15 @@ impl Node {
     }
 
     /// Asks a shim for a task's statistics.
-    pub fn metrics(&self, id: &str) -> Result<()> {
+    pub fn metrics(&self, id: &str) -> Result<TaskMetrics> {
         let request = MetricsRequest {
             filters: vec![format!("id=={id}")],
             ..Default::default()
         };
-        let _: Empty = self.cri().task("Metrics", &request)?;
-        Ok(())
+        let answer: MetricsResponse = self.cri().task("Metrics", &request)?;
+        let metric = answer.metrics.into_iter().find(|metric| metric.id == id);
+        let metric = metric.with_context(|| format!("no metrics of {id}"))?;
+        Ok(TaskMetrics::parse_from_bytes(&metric.data.value)?)
     }
 
     /// Has a shim send a signal that changes nothing.

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a kubelet measures of pods and containers.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tests::cri::LIMIT;
 use tests::cri::messages::{
     ContainerRequest, ContainerStats, ContainerStatsResponse, LinuxPodSandboxStats,
     PodSandboxStatsRequest, PodSandboxStatsResponse,
 };
+use tests::handlers::by_sandbox_api;
 use tests::node::Node;
 use tests::pod::Pod;
-use tests::scenario::{Outcome, pod_scenario};
+use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::wait::until;
 
 const MIB: u64 = 1 << 20;
@@ -99,4 +100,55 @@ fn a_pod_s_statistics_hold_its_network_and_its_containers() -> Outcome {
         );
         pod.remove()
     })
+}
+
+/// Where containerd passes on what the shim says of tasks.
+#[test]
+fn a_task_s_metrics_hold_its_network_and_a_pod_s_what_it_costs() -> Outcome {
+    pod_vm_scenario(
+        "a_task_s_metrics_hold_its_network_and_a_pod_s_what_it_costs",
+        |node| {
+            let pod = Pod::run(node, "task-stats")?;
+            let main = pod.start_script("main", "exec sleep 1000")?;
+            let mut tasks = vec![main.id.as_str()];
+            if !by_sandbox_api() {
+                // The task that stands for the pod.
+                tasks.push(&pod.id);
+            }
+            let take = |id: &str| -> Result<(u64, u64)> {
+                let metrics = node.metrics(id)?;
+                ensure!(
+                    metrics.cpu.usage_usec > 0 && metrics.memory.usage > 0,
+                    "{id}: {metrics:?}"
+                );
+                let [eth0] = metrics.network.as_slice() else {
+                    bail!("{id}: {metrics:?}");
+                };
+                ensure!(eth0.name == "eth0", "{id}: {metrics:?}");
+                Ok((eth0.rx_bytes, eth0.tx_bytes))
+            };
+            let before = tasks
+                .iter()
+                .map(|id| take(id))
+                .collect::<Result<Vec<_>>>()?;
+            main.shell("ping -c 3 -s 1000 10.88.0.1 > /dev/null")?;
+            for (id, (rx, tx)) in tasks.iter().zip(before) {
+                let (rx_now, tx_now) = take(id)?;
+                ensure!(
+                    rx_now >= rx + 3000 && tx_now >= tx + 3000,
+                    "{id}: received {rx} then {rx_now}, sent {tx} then {tx_now}"
+                );
+            }
+            if let [main, pod] = tasks.as_slice() {
+                let (main, pod) = (node.metrics(main)?, node.metrics(pod)?);
+                ensure!(
+                    pod.memory.usage > main.memory.usage + MIB,
+                    "the pod uses {}, its container {}",
+                    pod.memory.usage,
+                    main.memory.usage
+                );
+            }
+            pod.remove()
+        },
+    )
 }

@@ -13,6 +13,7 @@
 //! Everything that is made is in the journal before it is there, by the namespace's identity and
 //! the interface's number and name. Numbers are chosen here, at random, so that they are known.
 
+mod counters;
 mod guest;
 mod loopback;
 mod namespace;
@@ -24,6 +25,7 @@ mod tc;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use protocols::agent::agent::ARPNeighbors;
 use protocols::agent::types;
@@ -32,6 +34,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 use vmm::control::MAX_QUEUE_PAIRS;
 
+pub(crate) use self::counters::{Counters, counters};
 pub(crate) use self::loopback::Loopback;
 pub(crate) use self::namespace::Namespace;
 use self::namespace::NamespaceId;
@@ -137,7 +140,7 @@ struct Endpoint {
 /// A namespace that is carried into a guest.
 #[derive(Debug)]
 pub(crate) struct Network {
-    namespace: Namespace,
+    namespace: Arc<Namespace>,
     settings: Settings,
     socket: Socket,
     changes: Changes,
@@ -162,7 +165,7 @@ impl Network {
             .and_then(|sockets: io::Result<_>| sockets)
             .internal(|| "open a netlink socket".to_owned())?;
         Ok(Self {
-            namespace,
+            namespace: Arc::new(namespace),
             settings,
             socket,
             changes,
@@ -173,7 +176,7 @@ impl Network {
         })
     }
 
-    pub(crate) fn namespace(&self) -> &Namespace {
+    pub(crate) fn namespace(&self) -> &Arc<Namespace> {
         &self.namespace
     }
 

@@ -47,7 +47,7 @@ use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
-use crate::network::{Network, Place};
+use crate::network::{Namespace, Network, Place};
 use crate::paths;
 use crate::process::ProcessId;
 
@@ -76,6 +76,7 @@ pub(crate) struct Sandbox {
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
     network: Option<Arc<Mutex<Network>>>,
+    namespace: Option<Arc<Namespace>>,
     /// Who forwards ports, until it begins.
     forwarder: Mutex<Option<Forwarder>>,
 }
@@ -172,7 +173,7 @@ impl Booting {
         let (network, nets) = made.unzip();
         // What is wired later is found through the machine's process.
         let home = match plan.network {
-            Some(Place::New) => network.as_ref().map(Network::namespace),
+            Some(Place::New) => network.as_ref().map(|it| it.namespace().as_ref()),
             _ => None,
         };
         let started = share.open().and_then(|directory| {
@@ -237,6 +238,7 @@ impl Booting {
                     cpus: self.cpus,
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
+                    namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
                     network: self.network.map(|it| Arc::new(Mutex::new(it))),
                     forwarder: Mutex::new(forwarder),
                 })
@@ -302,6 +304,7 @@ impl Sandbox {
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,
+            namespace: None,
             forwarder: Mutex::default(),
         }
     }

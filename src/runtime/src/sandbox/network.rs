@@ -12,7 +12,7 @@ use super::journal::Journal;
 use super::plan::Plan;
 use crate::config::Config;
 use crate::error::{Context, Result};
-use crate::network::{self, Device, Network, Settings};
+use crate::network::{self, Counters, Device, Network, Settings};
 use crate::raw;
 
 /// Joins what the sandbox's network holds already; what cannot be joined is an error.
@@ -68,6 +68,16 @@ impl Sandbox {
         self.agent.update_network(&network.news()).await?;
         network.told();
         plan.failures.pop().map_or(Ok(()), Err)
+    }
+
+    /// What has passed its network so far.
+    pub(crate) async fn counters(&self) -> Result<Vec<Counters>> {
+        let Some(namespace) = self.namespace.clone() else {
+            return Ok(Vec::new());
+        };
+        let counted = spawn_blocking(move || network::counters(&namespace)).await;
+        let context = || "counters of the network namespace".to_owned();
+        counted.internal(context)?.internal(context)
     }
 
     /// Follows the network until the machine ends.

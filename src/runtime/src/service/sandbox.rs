@@ -287,7 +287,7 @@ impl Service for SandboxService {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         let sandbox = self.shim.sandbox(&request.sandbox_id)?;
-        let metrics = stats::of_machine(&sandbox)?;
+        let metrics = stats::of_machine(&sandbox).await?;
         Ok(SandboxMetricsResponse {
             metrics: MessageField::some(Metric {
                 timestamp: MessageField::some(SystemTime::now().into()),

@@ -7,12 +7,13 @@ use std::process;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
-use protocols::agent::agent::{BlkioStatsEntry, CgroupStats, StatsContainerResponse};
+use protocols::agent::agent::{BlkioStatsEntry, CgroupStats, NetworkStats, StatsContainerResponse};
 use protocols::containerd::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
 
 use crate::error::{Context, Result};
+use crate::network::Counters;
 use crate::process::Usage;
 use crate::sandbox::Sandbox;
 
@@ -35,7 +36,7 @@ pub(super) fn encode(metrics: &Metrics) -> Result<Any> {
 
 /// What a sandbox costs its host: the guest with all that runs in it, the monitor around it, and
 /// this shim.
-pub(super) fn of_machine(sandbox: &Sandbox) -> Result<Metrics> {
+pub(super) async fn of_machine(sandbox: &Sandbox) -> Result<Metrics> {
     let (mut cpu, mut memory) = (CPUStat::default(), MemoryStat::default());
     for pid in [sandbox.pid(), process::id()] {
         let usage = Usage::of(pid).internal(|| format!("figures of process {pid}"))?;
@@ -48,8 +49,25 @@ pub(super) fn of_machine(sandbox: &Sandbox) -> Result<Metrics> {
     Ok(Metrics {
         cpu: Some(cpu).into(),
         memory: Some(memory).into(),
+        network: sandbox.counters().await?.into_iter().map(counted).collect(),
         ..Default::default()
     })
+}
+
+fn counted(counters: Counters) -> NetworkStat {
+    let stats = counters.stats;
+    NetworkStat {
+        name: counters.interface,
+        rx_bytes: stats.rx_bytes,
+        rx_packets: stats.rx_packets,
+        rx_errors: stats.rx_errors,
+        rx_dropped: stats.rx_dropped,
+        tx_bytes: stats.tx_bytes,
+        tx_packets: stats.tx_packets,
+        tx_errors: stats.tx_errors,
+        tx_dropped: stats.tx_dropped,
+        ..Default::default()
+    }
 }
 
 pub(super) fn metrics(response: &StatsContainerResponse) -> Metrics {
@@ -75,6 +93,22 @@ pub(super) fn metrics(response: &StatsContainerResponse) -> Metrics {
             })
             .collect(),
         memory_events: Some(memory_events(stats)).into(),
+        network: response.network_stats.iter().map(network).collect(),
+        ..Default::default()
+    }
+}
+
+fn network(stats: &NetworkStats) -> NetworkStat {
+    NetworkStat {
+        name: stats.name.clone(),
+        rx_bytes: stats.rx_bytes,
+        rx_packets: stats.rx_packets,
+        rx_errors: stats.rx_errors,
+        rx_dropped: stats.rx_dropped,
+        tx_bytes: stats.tx_bytes,
+        tx_packets: stats.tx_packets,
+        tx_errors: stats.tx_errors,
+        tx_dropped: stats.tx_dropped,
         ..Default::default()
     }
 }
@@ -239,6 +273,12 @@ mod tests {
         };
         let metrics = metrics(&StatsContainerResponse {
             cgroup_stats: Some(stats).into(),
+            network_stats: vec![NetworkStats {
+                name: "eth0".to_owned(),
+                rx_bytes: 11,
+                tx_dropped: 12,
+                ..Default::default()
+            }],
             ..Default::default()
         });
         assert_eq!(
@@ -247,6 +287,11 @@ mod tests {
         );
         assert_eq!((metrics.memory.usage, metrics.memory.anon), (4096, 1024));
         assert_eq!(metrics.memory_events.oom_kill, 2);
+        let network = &metrics.network[0];
+        assert_eq!(
+            (network.name.as_str(), network.rx_bytes, network.tx_dropped),
+            ("eth0", 11, 12)
+        );
         let io = &metrics.io.usage[0];
         assert_eq!((io.major, io.rbytes, io.wbytes, io.rios), (254, 10, 20, 1));
     }

@@ -252,8 +252,13 @@ impl Task for TaskService {
         let statistics = self
             .ask(&request.id, |reply| Command::Stats { reply })
             .await?;
+        let metrics = match self.shim.sandbox(&request.id) {
+            // The task that stands for a pod: what the machine costs around its containers, too.
+            Ok(sandbox) if sandbox.plan().pod.is_some() => stats::of_machine(&sandbox).await?,
+            _ => stats::metrics(&statistics),
+        };
         Ok(StatsResponse {
-            stats: MessageField::some(stats::encode(&stats::metrics(&statistics))?),
+            stats: MessageField::some(stats::encode(&metrics)?),
             ..Default::default()
         })
     }
