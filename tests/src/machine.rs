@@ -227,6 +227,12 @@ impl Machine {
         answer.map_err(anyhow::Error::msg)
     }
 
+    /// The VMM's process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
     /// Ends the guest in its own way.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the wire must do.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, UdpSocket};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
@@ -56,6 +58,19 @@ const HOT: &[(&str, Scenario)] = &[
 
 const COLD: &[(&str, Scenario)] = &[("it_is_pulled_out", it_is_pulled_out)];
 
+const KERNEL: &[(&str, Scenario)] =
+    &[("the_kernel_moves_the_packets", the_kernel_moves_the_packets)];
+
+/// The same card once more, after it was pulled out.
+const KERNEL_HOT: &[(&str, Scenario)] = &[
+    ("nobody_moves_packets", nobody_moves_packets),
+    ("a_card_is_plugged_in", a_card_is_plugged_in),
+    ("pings_come_back_again", pings_come_back),
+    ("the_kernel_moves_them", the_kernel_moves_the_packets),
+    ("it_is_pulled_out_under_load", it_is_pulled_out_under_load),
+    ("nobody_moves_packets_any_more", nobody_moves_packets),
+];
+
 pub(crate) const PLANS: &[Plan] = &[
     Plan {
         name: "userspace",
@@ -78,6 +93,28 @@ pub(crate) const PLANS: &[Plan] = &[
             vhost: false,
         }],
         scenarios: &[TRAFFIC, QUEUES, COLD],
+    },
+    Plan {
+        name: "vhost",
+        vcpus: 1,
+        cards: &[Card {
+            number: 3,
+            mtu: 1500,
+            queues: 1,
+            vhost: true,
+        }],
+        scenarios: &[TRAFFIC, KERNEL, COLD, KERNEL_HOT],
+    },
+    Plan {
+        name: "vhost_two_queues",
+        vcpus: 2,
+        cards: &[Card {
+            number: 4,
+            mtu: 9000,
+            queues: 2,
+            vhost: true,
+        }],
+        scenarios: &[TRAFFIC, QUEUES, KERNEL],
     },
     Plan {
         name: "hot",
@@ -361,6 +398,39 @@ fn it_is_pulled_out_under_load(wire: &mut Wire) -> Result<()> {
     // And the guest goes on.
     ensure!(wire.tell("list . .")?.split(' ').all(|name| name != "eth0"));
     Ok(())
+}
+
+fn the_kernel_moves_the_packets(wire: &mut Wire) -> Result<()> {
+    let movers = movers(wire)?;
+    ensure!(movers == wire.card.queues, "{movers} movers");
+    Ok(())
+}
+
+fn nobody_moves_packets(wire: &mut Wire) -> Result<()> {
+    wait::until("the end of the packet movers", PATIENCE, || {
+        Ok((movers(wire)? == 0).then_some(()))
+    })
+}
+
+/// The kernel's threads that move packets for the VMM: named after the thread of it that asked for
+/// them, and since Linux 6.4 threads of its process.
+fn movers(wire: &Wire) -> Result<usize> {
+    let name = |path: PathBuf| {
+        let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+        name.trim().to_owned()
+    };
+    let mut threads = Vec::new();
+    let mut own = 0_usize;
+    for thread in fs::read_dir(format!("/proc/{}/task", wire.machine.pid()))? {
+        let thread = thread?;
+        if name(thread.path()).starts_with("vhost-") {
+            own = own.saturating_add(1);
+        }
+        threads.push(format!("vhost-{}", thread.file_name().to_string_lossy()));
+    }
+    let all = fs::read_dir("/proc")?.filter_map(Result::ok);
+    let kernel = all.filter(|process| threads.contains(&name(process.path())));
+    Ok(kernel.count().max(own))
 }
 
 /// Pulls a card out: afterwards nobody has its tap.

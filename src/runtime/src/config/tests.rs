@@ -322,7 +322,6 @@ fn kata_s_own_file_is_told_what_to_change() {
         "rootfs_type",
         "enable_annotations",
         "queue_size",
-        "disable_vhost_net",
         "virtio_fs_extra_args",
         "disable_seccomp",
         "container_pipe_size",
@@ -345,7 +344,6 @@ fn a_file_beside_kata_s_own_makes_it_fit() {
         queue_size = 256
         virtio_fs_extra_args = []
         disable_seccomp = true
-        disable_vhost_net = true
         [agent.kata]
         container_pipe_size = 0
         [runtime]

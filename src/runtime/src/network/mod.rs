@@ -69,7 +69,7 @@ impl Default for Settings {
         Self {
             model: Model::TcFilter,
             queues: MAX_QUEUE_PAIRS,
-            vhost: false,
+            vhost: true,
         }
     }
 }
@@ -308,11 +308,13 @@ impl Network {
                 return Err(error);
             }
         };
-        let vhost = if self.settings.vhost {
-            tap::open_vhost(self.settings.queues)
-                .context(Kind::FailedPrecondition, || "vhost-net".to_owned())?
-        } else {
-            Vec::new()
+        let vhost = match tap::open_vhost(queues.len()) {
+            _ if !self.settings.vhost => Vec::new(),
+            Ok(vhost) => vhost,
+            Err(error) => {
+                info!(interface = interface.name, %error, "the monitor moves the packets");
+                Vec::new()
+            }
         };
         Ok(Device {
             id,

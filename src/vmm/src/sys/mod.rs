@@ -7,3 +7,4 @@ pub(crate) mod mmap;
 pub(crate) mod process;
 pub(crate) mod tap;
 pub(crate) mod vectored;
+pub(crate) mod vhost;

@@ -24,12 +24,6 @@ pub(super) static CHOICES: &[Key] = &[
     fixed(MACHINE, "valid_ctlpaths", Choice::Nothing, NO_PROGRAM),
     fixed(
         MACHINE,
-        "disable_vhost_net",
-        Choice::Flag(true),
-        "the monitor moves the packets",
-    ),
-    fixed(
-        MACHINE,
         "initrd",
         Choice::Text(""),
         "the guest boots from an image",

@@ -238,6 +238,15 @@ pub(super) static SETTINGS: &[Key] = &[
     )
     .annotated("hypervisor", "network_queues"),
     set(
+        MACHINE,
+        "disable_vhost_net",
+        |config| (!config.network.vhost).into(),
+        |config, value| {
+            config.network.vhost = !flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
         RUNTIME,
         "internetworking_model",
         |config| name(&config.network.model, MODELS),

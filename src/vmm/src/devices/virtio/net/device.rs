@@ -10,12 +10,14 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
+use vm_memory::GuestAddressSpace;
 
 use super::control::{Control, use_pairs};
 use super::pair::{Link, QueuePair};
 use super::receive::Receiver;
 use super::tap::Tap;
 use super::transmit::Transmitter;
+use super::vhost::{VhostNet, VhostPair};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, Worker, read_config,
 };
@@ -89,6 +91,8 @@ pub struct NetDevice {
     mac: [u8; 6],
     mtu: Option<u16>,
     taps: Vec<Arc<Tap>>,
+    /// One for each tap, or none: the packets are ours to move.
+    vhost: Vec<Arc<VhostNet>>,
     features: u64,
     queue_sizes: Vec<u16>,
     link: Arc<Link>,
@@ -110,10 +114,17 @@ impl NetDevice {
             let max = Self::MAX_PAIRS;
             return Err(NetError::Pairs { max, pairs });
         }
-        if !config.vhost.is_empty() {
-            let (taps, vhost) = (pairs, config.vhost.len());
+        let given = config.vhost.len();
+        if given != 0 && given != pairs {
+            let (taps, vhost) = (pairs, given);
             return Err(NetError::Vhost { taps, vhost });
         }
+        let vhost = config.vhost.into_iter().map(VhostNet::new);
+        let vhost = vhost.map(|device| device.map(Arc::new));
+        let vhost = vhost.collect::<io::Result<_>>().unwrap_or_else(|error| {
+            tracing::warn!(%error, "vhost-net can't be used: the monitor moves the packets");
+            Vec::new()
+        });
         let [first, ..] = config.mac;
         if first & 1 != 0 {
             return Err(NetError::Mac);
@@ -141,6 +152,7 @@ impl NetDevice {
             mac: config.mac,
             mtu: config.mtu,
             taps,
+            vhost,
             features,
             queue_sizes,
             link: Arc::new(Link::new()),
@@ -176,18 +188,31 @@ impl NetDevice {
                 }
                 continue;
             };
-            let pair = QueuePair::new(
-                memory.clone(),
-                Arc::clone(&interrupt),
-                (
-                    Receiver::new(receive, mergeable),
-                    Transmitter::new(transmit),
-                ),
-                Arc::clone(tap),
-                Arc::clone(&self.link),
-            );
             let name = format!("{}-{number}", self.name);
-            let worker = Worker::spawn(&name, Arc::clone(&interrupt), pair);
+            let interrupt = Arc::clone(&interrupt);
+            let worker = match self.vhost.get(usize::from(number)) {
+                Some(vhost) => VhostPair::start(
+                    vhost,
+                    Arc::clone(&interrupt),
+                    (features, &memory.memory()),
+                    &[receive, transmit],
+                    tap,
+                )
+                .and_then(|pair| Worker::spawn(&name, interrupt, pair)),
+                None => {
+                    let pair = QueuePair::new(
+                        memory.clone(),
+                        Arc::clone(&interrupt),
+                        (
+                            Receiver::new(receive, mergeable),
+                            Transmitter::new(transmit),
+                        ),
+                        Arc::clone(tap),
+                        Arc::clone(&self.link),
+                    );
+                    Worker::spawn(&name, interrupt, pair)
+                }
+            };
             self.workers.push(worker.map_err(ActivateError::Worker)?);
         }
         // The control queue follows the pairs (section 5.1.2).

@@ -14,6 +14,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod vhost;
 
 pub use device::{NetConfig, NetDevice, NetError};
 
