@@ -63,12 +63,17 @@ pub(crate) fn ensure(purpose: &str, packages: &[Package]) -> Result<()> {
     }
     apt("update", &[])?;
     for package in missing {
-        let mut arguments = vec!["--yes", "--no-install-recommends", package.name];
-        if codename == "bookworm" && package.backport.is_some() {
-            arguments.splice(0..0, ["--target-release", "bookworm-backports"]);
-        }
-        apt("install", &arguments)
-            .with_context(|| format!("{purpose} needs the Debian package {}", package.name))?;
+        let plain = ["--yes", "--no-install-recommends", package.name];
+        let newer = [&["--target-release", "bookworm-backports"], &plain[..]].concat();
+        let result = if codename != "bookworm" {
+            apt("install", &plain)
+        } else if package.backport.is_some() {
+            apt("install", &newer)
+        } else {
+            // A library that came along from backports keeps out the headers of Debian's own.
+            apt("install", &plain).or_else(|error| apt("install", &newer).map_err(|_| error))
+        };
+        result.with_context(|| format!("{purpose} needs the Debian package {}", package.name))?;
     }
     Ok(())
 }
