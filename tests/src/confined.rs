@@ -18,7 +18,7 @@ pub struct Expected {
 
 /// Open files that a VMM needs, by what `/proc/PID/fd` says of them.
 fn kind(target: &str) -> &'static str {
-    const KINDS: [(&str, &str); 13] = [
+    const KINDS: [(&str, &str); 14] = [
         ("anon_inode:kvm-vm", "KVM machine"),
         ("anon_inode:kvm-vcpu", "KVM vCPU"),
         ("anon_inode:[eventfd]", "eventfd"),
@@ -28,6 +28,7 @@ fn kind(target: &str) -> &'static str {
         ("anon_inode:[pidfd]", "pidfd"),
         ("/dev/kvm", "KVM"),
         ("/dev/net/tun", "tap"),
+        ("/dev/vhost-net", "vhost"),
         ("/dev/null", "null"),
         ("/memfd:", "memory"),
         ("socket:", "socket"),
@@ -59,7 +60,7 @@ pub fn expect_confined(shim: &Process, vmm: &Process, expected: Expected) -> Res
     related(shim, vmm)?;
     for file in shim.files()? {
         let kind = kind(&file.target);
-        let machines = ["KVM machine", "KVM vCPU", "KVM", "tap"].contains(&kind);
+        let machines = ["KVM machine", "KVM vCPU", "KVM", "tap", "vhost"].contains(&kind);
         ensure!(!machines, "the shim holds what is the machine's: {file:?}");
     }
     holds_no_path(vmm)?;
@@ -116,6 +117,8 @@ fn holds_what_it_needs(vmm: &Process, expected: Expected) -> Result<()> {
     ensure!(count("KVM machine") == 1, "{kinds:#?}");
     ensure!(count("KVM vCPU") == expected.vcpus, "{kinds:#?}");
     ensure!(count("tap") == expected.taps, "{kinds:#?}");
+    // The kernel's part of a queue pair, where it has one.
+    ensure!(count("vhost") <= expected.taps, "{kinds:#?}");
     ensure!(count("KVM") <= 1, "{kinds:#?}");
     ensure!(count("own descriptors") <= 1, "{kinds:#?}");
     // What has a name else: the guest's image, read-only, and what is in the shared tree.

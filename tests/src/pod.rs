@@ -2,7 +2,9 @@
 //! Pods and their containers, as a kubelet makes them.
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -124,10 +126,18 @@ impl Spec {
             image: node.ctr().image().to_owned(),
             id: String::new(),
         };
-        match pod
-            .cri
-            .runtime::<RunPodSandboxResponse>("RunPodSandbox", &request)
-        {
+        let run = || {
+            pod.cri
+                .runtime::<RunPodSandboxResponse>("RunPodSandbox", &request)
+        };
+        let answer = run().or_else(|error| {
+            if is_lost_guest(&error)? {
+                run()
+            } else {
+                Err(error)
+            }
+        });
+        match answer {
             Ok(answer) => pod.id = answer.pod_sandbox_id,
             Err(error) => {
                 pod.remove_cgroup().context("after a pod that failed")?;
@@ -136,6 +146,25 @@ impl Spec {
         }
         Ok(pod)
     }
+}
+
+/// How many guests a run of the suite may lose at their boot.
+const LOSSES: usize = 2;
+
+/// Whether a guest was lost by a triple fault: seen once in some two hundred boots under load, in the
+/// dev VM, whose processor is emulated. Each is told, for all to see.
+fn is_lost_guest(error: &anyhow::Error) -> Result<bool> {
+    static LOST: AtomicUsize = AtomicUsize::new(0);
+    if !format!("{error:#}").contains("a triple fault of the guest's kernel") {
+        return Ok(false);
+    }
+    let lost = LOST.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+    // Past the harness's capture of what a passing test prints.
+    writeln!(
+        io::stderr(),
+        "guest {lost} of at most {LOSSES} is lost: {error:#}"
+    )?;
+    Ok(lost <= LOSSES)
 }
 
 fn namespaces(processes: NamespaceMode) -> NamespaceOption {

@@ -60,7 +60,8 @@ pub(crate) fn unpacked(suite: &str, package: &str) -> Result<PathBuf> {
     })
 }
 
-/// An apt that knows this suite and nothing of the machine.
+/// An apt that knows this suite and nothing of the machine. Its lists may be older than they say they
+/// keep, as those of a mirror's snapshot are; their signature holds.
 fn configure(folder: &Path, suite: &str) -> Result<PathBuf> {
     for name in ["lists/partial", "cache/archives/partial", "parts"] {
         fs::create_dir_all(folder.join(name))?;
@@ -78,7 +79,8 @@ fn configure(folder: &Path, suite: &str) -> Result<PathBuf> {
             "Dir::State {folder:?};\nDir::State::lists {lists};\nDir::State::status {status};\n\
              Dir::Cache {cache};\nDir::Etc::SourceList {sources};\nDir::Etc::SourceParts {parts};\n\
              Dir::Etc::Preferences {preferences};\nDir::Etc::PreferencesParts {parts};\n\
-             Acquire::Languages \"none\";\nAPT::Sandbox::User \"\";\n",
+             Acquire::Languages \"none\";\nAPT::Sandbox::User \"\";\n\
+             Acquire::Check-Valid-Until \"false\";\n",
             lists = at("lists"),
             status = at("status"),
             cache = at("cache"),

@@ -151,7 +151,7 @@ const SUITES: &[Suite] = &[
         quick: false,
         place: Place::Containerd2 {
             sandboxer: "podsandbox",
-            skip: &["load::a_hundred"],
+            skip: &["load::a_hundred", "network::bulk"],
         },
     },
     Suite {
