@@ -4,6 +4,7 @@
 
 pub mod bundle;
 pub mod cni;
+pub mod configured;
 pub mod confined;
 pub mod containerd;
 pub mod cri;

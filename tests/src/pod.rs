@@ -2,7 +2,6 @@
 //! Pods and their containers, as a kubelet makes them.
 
 use std::fs;
-use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -21,6 +20,7 @@ use crate::cri::messages::{
 };
 use crate::cri::{Cri, LIMIT};
 use crate::node::Node;
+use crate::scenario::say_aloud;
 use crate::wait::until;
 
 /// A pod that is asked for: what a kubelet says of it.
@@ -165,11 +165,7 @@ fn is_lost_guest(error: &anyhow::Error) -> Result<bool> {
         return Ok(false);
     }
     let lost = LOST.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-    // Past the harness's capture of what a passing test prints.
-    writeln!(
-        io::stderr(),
-        "guest {lost} of at most {LOSSES} is lost: {text}"
-    )?;
+    say_aloud(&format!("guest {lost} of at most {LOSSES} is lost: {text}"))?;
     Ok(lost <= LOSSES)
 }
 

@@ -38,9 +38,8 @@ pub fn pod_scenario(body: impl Fn(&Node) -> Result<()>) -> Outcome {
     };
     run()
         .or_else(|error| {
-            // Past the harness's capture of what a passing test prints.
             let name = thread::current().name().unwrap_or_default().to_owned();
-            writeln!(std::io::stderr(), "{name} is run once more: {error:#}")?;
+            say_aloud(&format!("{name} is run once more: {error:#}"))?;
             run()
         })
         .map_err(Failure)
@@ -92,9 +91,12 @@ pub fn pod_vm_scenario(name: &str, body: impl Fn(&Node) -> Result<()>) -> Outcom
 
 /// Leaves a test out, by name and with the reason, for all to see.
 pub fn leave_out(name: &str, reason: &str) -> Outcome {
-    // Past the harness's capture of what a passing test prints.
-    writeln!(std::io::stderr(), "left out: {name} ({reason})")
-        .map_err(|error| Failure(error.into()))
+    say_aloud(&format!("left out: {name} ({reason})")).map_err(Failure)
+}
+
+/// Says a line for all to see, past the harness's capture of what a passing test prints.
+pub fn say_aloud(line: &str) -> Result<()> {
+    Ok(writeln!(std::io::stderr(), "{line}")?)
 }
 
 /// What a test returns.

@@ -3,13 +3,13 @@
 //! that makes sense. Each in a containerd of its own, whose environment names the configuration.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rootfs_builder::{erofs, tree};
+use tests::configured::Configured;
 use tests::containerd::{Containerd, Options};
-use tests::ctr::Ctr;
 use tests::installed::installed;
 use tests::process::Output;
 use tests::scenario::{Outcome, vm_scenario};
@@ -17,49 +17,16 @@ use tests::scenario::{Outcome, vm_scenario};
 /// A failure that needs no boot of a guest is to come within this, on a slow machine.
 const AT_ONCE: Duration = Duration::from_secs(8);
 
-/// A containerd whose shims read a configuration of the test's.
-struct Configured {
-    containerd: Containerd,
-    // Holds the configuration and the damaged files.
-    folder: tempfile::TempDir,
-}
-
-impl Configured {
-    fn start(ctr: &Ctr) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("configuration.toml");
-        let environment = [("KATA_CONF_FILE", path.as_path())];
-        let options = Options {
-            environment: &environment,
-            ..Options::default()
-        };
-        let containerd = Containerd::start(ctr, &options)?;
-        Ok(Self { containerd, folder })
-    }
-
-    fn file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
-        let path = self.folder.path().join(name);
-        fs::write(&path, content)?;
-        Ok(path)
-    }
-
-    /// Runs a container under this configuration.
-    fn run(&self, configuration: &str) -> Result<Output> {
-        self.file("configuration.toml", configuration.as_bytes())?;
-        self.containerd.ctr().run(&[], "faulty", &["true"])
-    }
-
-    /// Runs with a file of the machine's replaced.
-    fn run_with(&self, key: &str, path: &Path) -> Result<Output> {
-        self.run(&format!("[hypervisor.dragonball]\n{key} = {path:?}\n"))
-    }
+/// Runs with a file of the machine's replaced.
+fn run_with(host: &Configured, key: &str, path: &Path) -> Result<Output> {
+    host.run(&format!("[hypervisor.dragonball]\n{key} = {path:?}\n"))
 }
 
 #[test]
 fn a_kernel_that_is_missing_or_damaged() -> Outcome {
     vm_scenario("a_kernel_that_is_missing_or_damaged", |ctr| {
         let host = Configured::start(ctr)?;
-        let missing = host.folder.path().join("no-kernel");
+        let missing = host.folder().join("no-kernel");
         let at_once = |output: &Output, words: &[&str]| -> Result<()> {
             output.one_line(words)?;
             ensure!(
@@ -69,10 +36,10 @@ fn a_kernel_that_is_missing_or_damaged() -> Outcome {
             Ok(())
         };
         at_once(
-            &host.run_with("kernel", &missing)?,
+            &run_with(&host, "kernel", &missing)?,
             &["no-kernel", "kernel"],
         )?;
-        at_once(&host.run_with("kernel", host.folder.path())?, &["kernel"])?;
+        at_once(&run_with(&host, "kernel", host.folder())?, &["kernel"])?;
 
         let kernel = fs::read(installed("vmlinux.container")?)?;
         let mut broken = kernel.clone();
@@ -84,7 +51,7 @@ fn a_kernel_that_is_missing_or_damaged() -> Outcome {
             ("text", b"not a kernel\n"),
         ] {
             let path = host.file(name, content)?;
-            at_once(&host.run_with("kernel", &path)?, &["kernel", name])?;
+            at_once(&run_with(&host, "kernel", &path)?, &["kernel", name])?;
         }
         // The machine is well: the same containerd runs with the kernel that is installed.
         host.run("")?.quietly()?;
@@ -96,20 +63,20 @@ fn a_kernel_that_is_missing_or_damaged() -> Outcome {
 fn an_image_that_is_missing_or_damaged() -> Outcome {
     vm_scenario("an_image_that_is_missing_or_damaged", |ctr| {
         let host = Configured::start(ctr)?;
-        let missing = host.folder.path().join("no-image");
-        let output = host.run_with("image", &missing)?;
+        let missing = host.folder().join("no-image");
+        let output = run_with(&host, "image", &missing)?;
         output.one_line(&["no-image", "image"])?;
         ensure!(output.elapsed < AT_ONCE, "{output}");
 
         // The guest finds no file system in it: its kernel's last words are in the line.
         let path = host.file("zeros", &vec![0; 1 << 20])?;
-        host.run_with("image", &path)?.one_line(&["panic", "VFS"])?;
+        run_with(&host, "image", &path)?.one_line(&["panic", "VFS"])?;
 
         let mut image = fs::read(installed("kata-containers.img")?)?;
         let half = image.len() / 2;
         image.truncate(half);
         let path = host.file("half", &image)?;
-        host.run_with("image", &path)?.one_line(&[])?;
+        run_with(&host, "image", &path)?.one_line(&[])?;
         Ok(())
     })
 }
@@ -155,7 +122,7 @@ fn an_agent_that_dies_at_once() -> Outcome {
             .context("no ELF header")?
             .to_vec();
         let image = host.file("dead", &erofs::image(&tree::guest_image(agent)?)?)?;
-        let output = host.run_with("image", &image)?;
+        let output = run_with(&host, "image", &image)?;
         output.one_line(&["panic", "init"])?;
         Ok(())
     })
@@ -165,8 +132,7 @@ fn an_agent_that_dies_at_once() -> Outcome {
 fn a_configuration_that_makes_no_sense() -> Outcome {
     vm_scenario("a_configuration_that_makes_no_sense", |ctr| {
         let host = Configured::start(ctr)?;
-        host.containerd
-            .ctr()
+        host.ctr()
             .run(&[], "absent", &["true"])?
             .one_line(&["configuration.toml"])?;
         for (configuration, words) in [

@@ -7,24 +7,22 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use tests::containerd::{Containerd, Options};
+use tests::configured::Configured;
 use tests::ctr::{Ctr, LIMIT};
 use tests::netns::{GUEST, HOST, Netns};
+use tests::pattern::Pattern;
 use tests::process::Output;
 use tests::scenario::{Outcome, vm_scenario};
 use tests::wait::until;
 
 /// Bytes that are sent in one piece; more than a socket's buffer holds.
-const BULK: usize = 8 << 20;
+const BULK: u64 = 8 << 20;
 
 /// Bytes that differ everywhere.
-fn bulk() -> Vec<u8> {
-    let mut state = 1_u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        u8::try_from(state >> 24).unwrap_or_default()
-    };
-    (0..BULK).map(|_| next()).collect()
+fn bulk() -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    Pattern::new().send(&mut bytes, BULK)?;
+    Ok(bytes)
 }
 
 /// Sends `bulk` to whoever connects, at one address after the other.
@@ -49,7 +47,7 @@ fn serve(bulk: &[u8]) -> Result<Vec<u16>> {
 fn transfer(ctr: &Ctr, id: &str, mtu: u32, cpus: &str) -> Result<()> {
     let pod = Netns::wired("nutshell-n", mtu)?;
     let before = pod.state()?;
-    let bulk = bulk();
+    let bulk = bulk()?;
     let ports = serve(&bulk)?;
     let whole = mtu.saturating_sub(28).to_string();
     let script: Vec<String> = HOST
@@ -106,50 +104,23 @@ fn large_packets_pass_both_ways_by_two_queues() -> Outcome {
 #[test]
 fn a_macvtap_does_the_same() -> Outcome {
     vm_scenario("a_macvtap_does_the_same", |ctr| {
-        let file = configured("[runtime]\ninternetworking_model = \"macvtap\"\n")?;
-        let environment = [("KATA_CONF_FILE", file.path())];
-        let containerd = Containerd::start(
-            ctr,
-            &Options {
-                environment: &environment,
-                ..Options::default()
-            },
-        )?;
-        transfer(containerd.ctr(), "net-macvtap", 1500, "2")
+        let host = Configured::with(ctr, "[runtime]\ninternetworking_model = \"macvtap\"\n")?;
+        transfer(host.ctr(), "net-macvtap", 1500, "2")
     })
 }
 
 #[test]
 fn without_a_model_there_is_no_network() -> Outcome {
     vm_scenario("without_a_model_there_is_no_network", |ctr| {
-        let file = configured("[runtime]\ninternetworking_model = \"none\"\n")?;
-        let environment = [("KATA_CONF_FILE", file.path())];
-        let containerd = Containerd::start(
-            ctr,
-            &Options {
-                environment: &environment,
-                ..Options::default()
-            },
-        )?;
+        let host = Configured::with(ctr, "[runtime]\ninternetworking_model = \"none\"\n")?;
         let pod = Netns::wired("nutshell-n", 1500)?;
         let script = "ls /sys/class/net";
-        let output =
-            containerd
-                .ctr()
-                .run_script(&["--with-ns", &pod.flag()], "net-none", script)?;
+        let output = host
+            .ctr()
+            .run_script(&["--with-ns", &pod.flag()], "net-none", script)?;
         ensure!(output.text() == "lo", "{output}");
         Ok(())
     })
-}
-
-fn configured(text: &str) -> Result<tempfile::NamedTempFile> {
-    // The private containerd and its shims read it before it goes.
-    let file = tempfile::Builder::new()
-        .prefix("nutshell-tests-")
-        .suffix(".toml")
-        .tempfile_in("/run")?;
-    fs::write(file.path(), text)?;
-    Ok(file)
 }
 
 /// The one line of a listing that begins so.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use tests::containerd::{Containerd, Options};
+use tests::configured::Configured;
 use tests::ctr::Ctr;
 use tests::procs::{self, Process};
 
@@ -40,17 +40,9 @@ pub(crate) fn pairs(settings: &Settings, ctr: &Ctr) -> Result<Row> {
 
 /// Memory of the processes behind an idle container in a guest of 256 MiB.
 pub(crate) fn footprints(ctr: &Ctr) -> Result<Vec<Row>> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("configuration.toml");
-    fs::write(&path, "[hypervisor.dragonball]\ndefault_memory = 256\n")?;
-    let environment = [("KATA_CONF_FILE", path.as_path())];
-    let options = Options {
-        environment: &environment,
-        ..Options::default()
-    };
-    let containerd = Containerd::start(ctr, &options)?;
-    let rows = idle(containerd.ctr());
-    containerd.ctr().sweep()?;
+    let host = Configured::with(ctr, "[hypervisor.dragonball]\ndefault_memory = 256\n")?;
+    let rows = idle(host.ctr());
+    host.ctr().sweep()?;
     rows
 }
 

@@ -4,6 +4,8 @@
 pub mod block;
 mod device;
 pub mod fs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_input;
 pub mod net;
 mod pci;
 mod queue;

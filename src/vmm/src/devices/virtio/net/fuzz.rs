@@ -13,27 +13,13 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::control;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
+use crate::devices::virtio::fuzz_input::Input;
 use crate::devices::virtio::test_ring::{NEXT, NoInterrupt, Ring, WRITE};
 
 const MEMORY: usize = 0x10_0000;
 const SIZE: u16 = 16;
 
-/// Bytes from the fuzzer; zeros once they are used up.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else {
-            return 0;
-        };
-        self.0 = rest;
-        *first
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
-    }
-
     /// Writes a descriptor and offers it, or more of a chain, which may bite its own tail.
     fn offer(&mut self, ring: &mut Ring, flags: u16) {
         let id = u16::from(self.byte()) % SIZE;
@@ -64,7 +50,7 @@ impl Input<'_> {
 
 /// Feeds a device with what `bytes` say, until they are used up or the device gives up.
 pub fn guest_buffers(bytes: &[u8]) {
-    let mut input = Input(bytes);
+    let mut input = Input::new(bytes);
     let memory =
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("a guest's memory");
     let ring = |index, base| Ring::new(memory.clone(), index, base, SIZE, 2048);
@@ -74,10 +60,10 @@ pub fn guest_buffers(bytes: &[u8]) {
     let (tap, host) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .expect("a pair of sockets");
     let (tap, mut host) = (File::from(tap), File::from(host));
-    let mut receiver = Receiver::new(receive.active(), input.byte() % 4 != 0);
+    let mut receiver = Receiver::new(receive.active(), !input.byte().is_multiple_of(4));
     let mut transmitter = Transmitter::new(transmit.active());
     let mut control = commands.active();
-    while !input.0.is_empty() {
+    while !input.is_empty() {
         let served = match input.byte() % 8 {
             0..=2 => {
                 input.offer(&mut receive, WRITE);
@@ -116,20 +102,10 @@ pub fn guest_buffers(bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::fuzz_input::feed;
 
     #[test]
     fn random_guests_do_no_harm() {
-        let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
-        for _ in 0..2000 {
-            let bytes: Vec<u8> = (0..1000)
-                .map(|_| {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    (state >> 32) as u8
-                })
-                .collect();
-            guest_buffers(&bytes);
-        }
+        feed(2000, guest_buffers);
     }
 }

@@ -16,23 +16,9 @@ use super::packet::{Buffers, Header, Packet};
 use super::queues::Receiver;
 use super::test_driver::{Driver, Sink, from_guest};
 use crate::devices::virtio::Poller;
-
-/// Bytes from the fuzzer; zeros once they are used up.
-struct Input<'a>(&'a [u8]);
+use crate::devices::virtio::fuzz_input::Input;
 
 impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else {
-            return 0;
-        };
-        self.0 = rest;
-        *first
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
-    }
-
     /// A header that is right in all but, now and then, one field.
     fn header(&mut self) -> Header {
         let ports = u32::from(self.byte());
@@ -57,7 +43,7 @@ impl Input<'_> {
 
 /// Feeds a device with what `bytes` say, until they are used up.
 pub fn guest_packets(bytes: &[u8]) {
-    let mut input = Input(bytes);
+    let mut input = Input::new(bytes);
     let mut driver = Driver::new();
     let sink = Arc::new(Sink::default());
     let flags = SocketFlags::CLOEXEC;
@@ -71,7 +57,7 @@ pub fn guest_packets(bytes: &[u8]) {
     let mut transmit = driver.transmit.active();
     let mut hosts: Vec<UnixStream> = Vec::new();
     driver.offer_buffers();
-    while !input.0.is_empty() {
+    while !input.is_empty() {
         match input.byte() % 8 {
             0 => {
                 if let Some(host) = hosts.last_mut() {
@@ -133,20 +119,10 @@ pub fn guest_packets(bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::fuzz_input::feed;
 
     #[test]
     fn random_guests_do_no_harm() {
-        let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
-        for _ in 0..200 {
-            let bytes: Vec<u8> = (0..1000)
-                .map(|_| {
-                    state ^= state << 13;
-                    state ^= state >> 7;
-                    state ^= state << 17;
-                    (state >> 32) as u8
-                })
-                .collect();
-            guest_packets(&bytes);
-        }
+        feed(200, guest_packets);
     }
 }
