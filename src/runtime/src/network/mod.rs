@@ -308,13 +308,13 @@ impl Network {
                 return Err(error);
             }
         };
-        let vhost = match tap::open_vhost(queues.len()) {
-            _ if !self.settings.vhost => Vec::new(),
-            Ok(vhost) => vhost,
-            Err(error) => {
+        let vhost = if self.settings.vhost {
+            tap::open_vhost(queues.len()).unwrap_or_else(|error| {
                 info!(interface = interface.name, %error, "the monitor moves the packets");
                 Vec::new()
-            }
+            })
+        } else {
+            Vec::new()
         };
         Ok(Device {
             id,
