@@ -17,11 +17,17 @@ use protocols::agent::agent::{
 use protocols::agent::agent_ttrpc::AgentServiceClient;
 use protocols::agent::oci::LinuxResources;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::timeout;
 use ttrpc::Code;
 use ttrpc::context::Context as CallContext;
 
 use crate::error::{Kind, Result, ShimError};
 use crate::network::GuestNetwork;
+use crate::sandbox::Ended;
+
+/// How long after its streams broke a machine's end may be told.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// One of a process's output streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +48,8 @@ pub(crate) struct ProcessName {
 pub(crate) struct Agent {
     client: AgentServiceClient,
     deadline: Duration,
+    /// The end of the machine that it runs in.
+    machine: watch::Receiver<Option<Ended>>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -54,12 +62,18 @@ impl std::fmt::Debug for Agent {
 }
 
 impl Agent {
-    /// Speaks over a connected stream; must be called in the runtime.
-    pub(crate) fn new(stream: UnixStream, deadline: Duration) -> Self {
+    /// Speaks over a connected stream to the agent of a machine, whose end `machine` tells; must be
+    /// called in the runtime.
+    pub(crate) fn new(
+        stream: UnixStream,
+        deadline: Duration,
+        machine: watch::Receiver<Option<Ended>>,
+    ) -> Self {
         let client = ttrpc::r#async::Client::new(stream.into());
         Self {
             client: AgentServiceClient::new(client),
             deadline,
+            machine,
         }
     }
 
@@ -67,11 +81,41 @@ impl Agent {
         within(self.deadline)
     }
 
+    /// An answer of the agent, or its silence, in the runtime's terms.
+    async fn answer<T>(&self, what: &str, result: ttrpc::Result<T>) -> Result<T> {
+        let error = match result {
+            Ok(answer) => return Ok(answer),
+            // What the agent says is a sentence of its own.
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                return Err(ShimError::new(kind(status.code()), status.message));
+            }
+            Err(error) => error,
+        };
+        let late = matches!(&error, ttrpc::Error::Others(text)
+            if text.contains("deadline") || text.contains("timeout"));
+        let (kind, detail) = if late {
+            let silence = "the agent did not answer in time".to_owned();
+            (Kind::DeadlineExceeded, silence)
+        } else if let Some(end) = self.machine_end().await {
+            let end = format!("the virtual machine has ended: {}", end.describe());
+            (Kind::Unavailable, end)
+        } else {
+            let end = format!("the connection to the agent failed: {error}");
+            (Kind::Unavailable, end)
+        };
+        Err(ShimError::new(kind, format!("{what}: {detail}")))
+    }
+
+    /// How the machine ended, if that is why a connection to it broke.
+    async fn machine_end(&self) -> Option<Ended> {
+        let mut machine = self.machine.clone();
+        let ended = timeout(END_PATIENCE, machine.wait_for(Option::is_some)).await;
+        ended.ok()?.ok()?.clone()
+    }
+
     pub(crate) async fn create_sandbox(&self, request: &CreateSandboxRequest) -> Result<()> {
         let result = self.client.create_sandbox(self.bounded(), request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("create the sandbox", error))
+        self.answer("create the sandbox", result).await.map(drop)
     }
 
     /// Gives the guest what is new of its network. Waits for the interfaces to appear.
@@ -82,9 +126,8 @@ impl Agent {
                 ..Default::default()
             };
             let result = self.client.update_interface(self.bounded(), &request).await;
-            result.map_err(|error| {
-                failed(&format!("set up the interface {}", interface.name), error)
-            })?;
+            let what = format!("set up the interface {}", interface.name);
+            self.answer(&what, result).await?;
         }
         if let Some(routes) = &network.routes {
             let request = UpdateRoutesRequest {
@@ -96,7 +139,7 @@ impl Agent {
                 ..Default::default()
             };
             let result = self.client.update_routes(self.bounded(), &request).await;
-            result.map_err(|error| failed("set the routes", error))?;
+            self.answer("set the routes", result).await?;
         }
         if let Some(neighbours) = &network.neighbours {
             let request = AddARPNeighborsRequest {
@@ -105,7 +148,7 @@ impl Agent {
             };
             let client = &self.client;
             let result = client.add_arp_neighbors(self.bounded(), &request).await;
-            result.map_err(|error| failed("add the neighbours", error))?;
+            self.answer("add the neighbours", result).await?;
         }
         Ok(())
     }
@@ -114,16 +157,13 @@ impl Agent {
     pub(crate) async fn destroy_sandbox(&self, limit: Duration) -> Result<()> {
         let request = DestroySandboxRequest::default();
         let result = self.client.destroy_sandbox(within(limit), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("end the sandbox", error))
+        self.answer("end the sandbox", result).await.map(drop)
     }
 
     pub(crate) async fn create_container(&self, request: &CreateContainerRequest) -> Result<()> {
         let result = self.client.create_container(self.bounded(), request).await;
-        result
-            .map(drop)
-            .map_err(|error| begin_failed("create the container", error))
+        let answer = self.answer("create the container", result).await;
+        answer.map(drop).map_err(begin_failed)
     }
 
     pub(crate) async fn start_container(&self, container: &str) -> Result<()> {
@@ -132,9 +172,8 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.start_container(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| begin_failed("start the container", error))
+        let answer = self.answer("start the container", result).await;
+        answer.map(drop).map_err(begin_failed)
     }
 
     pub(crate) async fn remove_container(&self, container: &str) -> Result<()> {
@@ -143,16 +182,13 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.remove_container(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("remove the container", error))
+        self.answer("remove the container", result).await.map(drop)
     }
 
     pub(crate) async fn exec(&self, request: &ExecProcessRequest) -> Result<()> {
         let result = self.client.exec_process(self.bounded(), request).await;
-        result
-            .map(drop)
-            .map_err(|error| begin_failed("exec", error))
+        let answer = self.answer("exec", result).await;
+        answer.map(drop).map_err(begin_failed)
     }
 
     pub(crate) async fn signal(&self, process: &ProcessName, signal: u32) -> Result<()> {
@@ -163,9 +199,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.signal_process(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("signal the process", error))
+        self.answer("signal the process", result).await.map(drop)
     }
 
     /// Waits for a process's end; its exit status.
@@ -179,9 +213,8 @@ impl Agent {
             .client
             .wait_process(CallContext::default(), &request)
             .await;
-        result
-            .map(|response| response.status.cast_unsigned())
-            .map_err(|error| failed("wait for the process", error))
+        let answer = self.answer("wait for the process", result).await;
+        answer.map(|response| response.status.cast_unsigned())
     }
 
     pub(crate) async fn update(&self, container: &str, resources: LinuxResources) -> Result<()> {
@@ -191,9 +224,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.update_container(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("update the container", error))
+        self.answer("update the container", result).await.map(drop)
     }
 
     pub(crate) async fn stats(&self, container: &str) -> Result<StatsContainerResponse> {
@@ -202,7 +233,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.stats_container(self.bounded(), &request).await;
-        result.map_err(|error| failed("read the container's statistics", error))
+        self.answer("read the container's statistics", result).await
     }
 
     pub(crate) async fn pause(&self, container: &str) -> Result<()> {
@@ -211,9 +242,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.pause_container(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("pause the container", error))
+        self.answer("pause the container", result).await.map(drop)
     }
 
     pub(crate) async fn resume(&self, container: &str) -> Result<()> {
@@ -222,9 +251,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.resume_container(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("resume the container", error))
+        self.answer("resume the container", result).await.map(drop)
     }
 
     /// Waits for output; empty at its end.
@@ -245,9 +272,8 @@ impl Agent {
             Output::Stdout => self.client.read_stdout(context, &request).await,
             Output::Stderr => self.client.read_stderr(context, &request).await,
         };
-        result
-            .map(|response| response.data)
-            .map_err(|error| failed("read the output", error))
+        let answer = self.answer("read the output", result).await;
+        answer.map(|response| response.data)
     }
 
     /// Writes input; how many bytes the process's stream took.
@@ -262,9 +288,8 @@ impl Agent {
             .client
             .write_stdin(CallContext::default(), &request)
             .await;
-        result
-            .map(|response| usize::try_from(response.len).unwrap_or(usize::MAX))
-            .map_err(|error| failed("write the input", error))
+        let answer = self.answer("write the input", result).await;
+        answer.map(|response| usize::try_from(response.len).unwrap_or(usize::MAX))
     }
 
     pub(crate) async fn close_stdin(&self, process: &ProcessName) -> Result<()> {
@@ -274,9 +299,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.close_stdin(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("close the input", error))
+        self.answer("close the input", result).await.map(drop)
     }
 
     pub(crate) async fn resize(&self, process: &ProcessName, row: u32, column: u32) -> Result<()> {
@@ -288,9 +311,7 @@ impl Agent {
             ..Default::default()
         };
         let result = self.client.tty_win_resize(self.bounded(), &request).await;
-        result
-            .map(drop)
-            .map_err(|error| failed("resize the terminal", error))
+        self.answer("resize the terminal", result).await.map(drop)
     }
 
     /// Waits for a container to run out of memory; which one.
@@ -300,9 +321,22 @@ impl Agent {
             .client
             .get_oom_event(CallContext::default(), &request)
             .await;
-        result
-            .map(|event| event.container_id)
-            .map_err(|error| failed("wait for out-of-memory events", error))
+        let answer = self.answer("wait for out-of-memory events", result).await;
+        answer.map(|event| event.container_id)
+    }
+}
+
+/// The agent's status in the runtime's terms.
+fn kind(code: Code) -> Kind {
+    match code {
+        Code::NOT_FOUND => Kind::NotFound,
+        Code::ALREADY_EXISTS => Kind::AlreadyExists,
+        Code::INVALID_ARGUMENT => Kind::InvalidArgument,
+        Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
+        Code::UNIMPLEMENTED => Kind::Unimplemented,
+        Code::UNAVAILABLE => Kind::Unavailable,
+        Code::DEADLINE_EXCEEDED => Kind::DeadlineExceeded,
+        _ => Kind::Internal,
     }
 }
 
@@ -310,37 +344,9 @@ fn within(limit: Duration) -> CallContext {
     ttrpc::context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
 }
 
-/// An answer of the agent, or its silence, in the runtime's terms.
-fn failed(what: &str, error: ttrpc::Error) -> ShimError {
-    let kind = match &error {
-        ttrpc::Error::RpcStatus(status) => match status.code() {
-            Code::NOT_FOUND => Kind::NotFound,
-            Code::ALREADY_EXISTS => Kind::AlreadyExists,
-            Code::INVALID_ARGUMENT => Kind::InvalidArgument,
-            Code::FAILED_PRECONDITION => Kind::FailedPrecondition,
-            Code::UNIMPLEMENTED => Kind::Unimplemented,
-            Code::UNAVAILABLE => Kind::Unavailable,
-            Code::DEADLINE_EXCEEDED => Kind::DeadlineExceeded,
-            _ => Kind::Internal,
-        },
-        ttrpc::Error::Others(text) if text.contains("deadline") || text.contains("timeout") => {
-            Kind::DeadlineExceeded
-        }
-        _ => Kind::Unavailable,
-    };
-    let detail = match error {
-        // What the agent says is a sentence of its own.
-        ttrpc::Error::RpcStatus(status) => return ShimError::new(kind, status.message),
-        _ if kind == Kind::DeadlineExceeded => "the agent did not answer in time".to_owned(),
-        other => format!("the connection to the agent failed: {other}"),
-    };
-    ShimError::new(kind, format!("{what}: {detail}"))
-}
-
 /// For calls that bring a process up. Their "not found" is about a command or a user, and must
 /// not tell containerd that the task is gone.
-fn begin_failed(what: &str, error: ttrpc::Error) -> ShimError {
-    let error = failed(what, error);
+fn begin_failed(error: ShimError) -> ShimError {
     match error.kind() {
         Kind::NotFound => ShimError::new(Kind::Internal, error.chain()),
         _ => error,

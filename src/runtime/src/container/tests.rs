@@ -203,7 +203,8 @@ impl Fixture {
             .add_listener(listener)
             .register_service(create_agent_service(guest.clone()));
         server.start().await.unwrap();
-        let agent = Agent::new(connect(ours), Duration::from_secs(5));
+        let (_, machine) = watch::channel(None);
+        let agent = Agent::new(connect(ours), Duration::from_secs(5), machine);
         let (events, published) = Publisher::to_test();
         let registry = Arc::new(Registry::default());
         let stdio = Stdio::default();

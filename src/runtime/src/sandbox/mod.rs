@@ -43,6 +43,7 @@ use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
 use self::size::Size;
+pub(crate) use self::vm::Ended;
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
@@ -267,7 +268,7 @@ impl Booting {
         );
         self.vm.ready(self.config.boot_timeout, &files).await?;
         let stream = dial(&paths::vsock(&self.name), AGENT_PORT).await?;
-        let agent = Agent::new(stream, self.config.call_timeout);
+        let agent = Agent::new(stream, self.config.call_timeout, self.vm.end());
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
         if let Some(pod) = &self.plan.pod {
             dns.clone_from(&pod.dns);
@@ -353,6 +354,11 @@ impl Sandbox {
 
     pub(crate) fn has_ended(&self) -> bool {
         self.vm.has_ended()
+    }
+
+    /// How the machine has ended, if it has.
+    pub(crate) fn end(&self) -> Option<Ended> {
+        self.vm.end().borrow().clone()
     }
 
     /// Whether the machine ends, or has ended, because it was told to.

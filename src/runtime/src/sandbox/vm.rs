@@ -274,6 +274,11 @@ impl Vm {
         ))
     }
 
+    /// Where the machine's end is told.
+    pub(crate) fn end(&self) -> watch::Receiver<Option<Ended>> {
+        self.ended.clone()
+    }
+
     /// Waits for the machine's end.
     pub(crate) async fn ended(&self) -> Ended {
         let mut ended = self.ended.clone();

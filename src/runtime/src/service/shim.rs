@@ -62,13 +62,17 @@ impl Shim {
     /// The sandbox of this name, which lives.
     pub(super) fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>> {
         let sandbox = self.any_sandbox(id)?;
-        if sandbox.has_ended() || sandbox.was_stopped() {
-            return Err(ShimError::new(
-                Kind::FailedPrecondition,
-                format!("sandbox {id} has ended"),
-            ));
-        }
-        Ok(sandbox)
+        let how = if sandbox.was_stopped() {
+            String::new()
+        } else if let Some(end) = sandbox.end() {
+            format!(": {}", end.describe())
+        } else {
+            return Ok(sandbox);
+        };
+        Err(ShimError::new(
+            Kind::FailedPrecondition,
+            format!("sandbox {id} has ended{how}"),
+        ))
     }
 
     /// The sandbox of this name, whether it lives or has ended.
