@@ -352,3 +352,43 @@ fn begin_failed(error: ShimError) -> ShimError {
         _ => error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An agent whose connection breaks, and where its machine's end is told.
+    fn broken() -> (Agent, watch::Sender<Option<Ended>>) {
+        let (ours, _) = UnixStream::pair().unwrap();
+        let (end, machine) = watch::channel(None);
+        (Agent::new(ours, Duration::from_secs(5), machine), end)
+    }
+
+    #[tokio::test]
+    async fn a_call_that_a_machine_s_end_broke_says_how_it_ended() {
+        let (agent, end) = broken();
+        let (answer, ()) = tokio::join!(agent.start_container("c"), async {
+            end.send_replace(Some(Ended::for_test("a triple fault")));
+        });
+        let error = answer.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert_eq!(
+            error.chain(),
+            "start the container: the virtual machine has ended: a triple fault"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_may_break_while_the_machine_runs() {
+        let (agent, _end) = broken();
+        let error = agent.stats("c").await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(
+            error.chain().starts_with(
+                "read the container's statistics: the connection to the agent failed: "
+            ),
+            "{}",
+            error.chain()
+        );
+    }
+}

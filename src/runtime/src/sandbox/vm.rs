@@ -77,6 +77,14 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    #[cfg(test)]
+    pub(crate) fn for_test(reason: &str) -> Self {
+        Self {
+            reason: reason.to_owned(),
+            console: String::new(),
+        }
+    }
+
     /// Reason and last console lines in one line.
     pub(crate) fn describe(&self) -> String {
         format!("{}{}", self.reason, last_lines(&self.console))
