@@ -5,8 +5,8 @@
 //! and has a `/dev/kvm` that runs ordinary guests, on any machine.
 
 use super::linux::Linux;
-use super::wire;
-use crate::progress;
+use super::{qemu, wire};
+use crate::{progress, workspace};
 use anyhow::{Context, Result, bail};
 use std::env;
 use std::fs::{self, File};
@@ -22,6 +22,11 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long QEMU may take to end after the guest powered off.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
+
+/// The VM's console, in its folder.
+const CONSOLE: &str = "console.log";
+/// Where the console of a VM that died is kept.
+const KEPT_CONSOLE: &str = "target/dev-vm-console.log";
 
 /// Size of the machine, and what it shares.
 #[derive(Clone, Debug)]
@@ -93,9 +98,14 @@ impl Machine {
             .context("duplicating the session's socket")
     }
 
-    /// The last lines of the VM's console, for messages.
+    /// The last lines of the VM's console, for messages, and where all of it was put.
     pub(crate) fn last_words(&self) -> String {
-        last_words(self.folder.path())
+        let kept = workspace::root().join(KEPT_CONSOLE);
+        let words = last_words(self.folder.path());
+        match fs::copy(self.folder.path().join(CONSOLE), &kept) {
+            Ok(_) => format!("{words}\n(the whole console: {})", kept.display()),
+            Err(_) => words,
+        }
     }
 
     /// Ends the session, upon which the guest powers off.
@@ -188,7 +198,8 @@ fn qemu(linux: &Linux, options: &Options, folder: &Path, init: &Path) -> Result<
     // A killed xtask takes its VM with it.
     let mut command = Command::new("setpriv");
     command
-        .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+        .args(["--pdeathsig", "KILL"])
+        .arg(qemu::program()?)
         .args([
             "-nodefaults",
             "-no-user-config",
@@ -216,7 +227,7 @@ fn qemu(linux: &Linux, options: &Options, folder: &Path, init: &Path) -> Result<
         .arg("-initrd")
         .arg(&linux.initramfs)
         .arg("-serial")
-        .arg(format!("file:{}", folder.join("console.log").display()));
+        .arg(format!("file:{}", folder.join(CONSOLE).display()));
     let mut parameters = format!(
         "console=ttyS0 quiet loglevel=4 panic=-1 nutshell.init={}",
         init.display()
@@ -258,7 +269,7 @@ fn last_words(folder: &Path) -> String {
     format!(
         "{}\n{}",
         progress::tail(&folder.join("qemu.log"), 5),
-        progress::tail(&folder.join("console.log"), 60)
+        progress::tail(&folder.join(CONSOLE), 60)
     )
     .trim()
     .to_owned()

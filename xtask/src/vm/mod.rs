@@ -6,6 +6,7 @@ mod cpio;
 mod linux;
 mod machine;
 mod pty;
+mod qemu;
 pub(crate) mod server;
 mod session;
 mod setup;
