@@ -2,6 +2,7 @@
 //! What the suites share: `ctr` and the processes behind it, a terminal, private containerds, and
 //! the check that nothing is left behind.
 
+pub mod autopsy;
 pub mod bundle;
 pub mod cni;
 pub mod configured;

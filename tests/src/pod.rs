@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -20,7 +19,6 @@ use crate::cri::messages::{
 };
 use crate::cri::{Cri, LIMIT};
 use crate::node::Node;
-use crate::scenario::say_aloud;
 use crate::wait::until;
 
 /// A pod that is asked for: what a kubelet says of it.
@@ -126,17 +124,9 @@ impl Spec {
             image: node.ctr().image().to_owned(),
             id: String::new(),
         };
-        let run = || {
-            pod.cri
-                .runtime::<RunPodSandboxResponse>("RunPodSandbox", &request)
-        };
-        let answer = run().or_else(|error| {
-            if is_lost_guest(&error)? {
-                run()
-            } else {
-                Err(error)
-            }
-        });
+        let answer = pod
+            .cri
+            .runtime::<RunPodSandboxResponse>("RunPodSandbox", &request);
         match answer {
             Ok(answer) => pod.id = answer.pod_sandbox_id,
             Err(error) => {
@@ -146,27 +136,6 @@ impl Spec {
         }
         Ok(pod)
     }
-}
-
-/// How many guests a run of the suite may lose at their boot.
-const LOSSES: usize = 4;
-
-/// Whether a guest was lost at its boot, by a triple fault or without a word: seen about once in a
-/// hundred boots, four at a time, in the dev VM, whose processor is emulated. Each is told, for all to
-/// see.
-fn is_lost_guest(error: &anyhow::Error) -> Result<bool> {
-    static LOST: AtomicUsize = AtomicUsize::new(0);
-    let text = format!("{error:#}");
-    let words = [
-        "a triple fault of the guest's kernel",
-        "agent was not ready",
-    ];
-    if !words.iter().any(|words| text.contains(words)) {
-        return Ok(false);
-    }
-    let lost = LOST.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-    say_aloud(&format!("guest {lost} of at most {LOSSES} is lost: {text}"))?;
-    Ok(lost <= LOSSES)
 }
 
 fn namespaces(processes: NamespaceMode) -> NamespaceOption {

@@ -4,10 +4,10 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 
+use crate::autopsy;
 use crate::ctr::Ctr;
 use crate::leaks::Snapshot;
 use crate::node::Node;
@@ -26,23 +26,14 @@ pub fn scenario(body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
 }
 
 /// The same for pods: on a node, with its CRI.
-///
-/// One that fails is run once more, and told, for all to see: several guests at once under load are
-/// more than the emulated processor of the dev VM always carries, and it loses one now and then.
-pub fn pod_scenario(body: impl Fn(&Node) -> Result<()>) -> Outcome {
+pub fn pod_scenario(body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
     let run = || {
         // Before the lock: one node serves the tests that wait for it as well.
         let node = Node::shared()?;
         let _alone = alone()?;
-        framed(node.ctr(), || body(&node), || node.sweep())
+        framed(node.ctr(), || body(&node), || node.sweep()).with_context(|| autopsy::report(&node))
     };
-    run()
-        .or_else(|error| {
-            let name = thread::current().name().unwrap_or_default().to_owned();
-            say_aloud(&format!("{name} is run once more: {error:#}"))?;
-            run()
-        })
-        .map_err(Failure)
+    run().map_err(Failure)
 }
 
 fn alone() -> Result<File> {
@@ -81,7 +72,7 @@ pub fn vm_scenario(name: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome
 }
 
 /// The same on a node.
-pub fn pod_vm_scenario(name: &str, body: impl Fn(&Node) -> Result<()>) -> Outcome {
+pub fn pod_vm_scenario(name: &str, body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
     let ctr = Ctr::from_env();
     if ctr.has_vm() {
         return pod_scenario(body);
