@@ -3,12 +3,14 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, SECTOR, SERIAL_LEN};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, EventHandler, GuestMemory,
@@ -17,10 +19,12 @@ use crate::devices::virtio::{
 use crate::sys::vectored;
 
 /// Feature bits (section 5.2.3).
-const SEG_MAX: u64 = 1 << 2;
-const READ_ONLY: u64 = 1 << 5;
-const BLK_SIZE: u64 = 1 << 6;
-const FLUSH: u64 = 1 << 9;
+const FEATURE_SEG_MAX: u64 = 1 << 2;
+const FEATURE_READ_ONLY: u64 = 1 << 5;
+const FEATURE_BLK_SIZE: u64 = 1 << 6;
+pub(super) const FEATURE_FLUSH: u64 = 1 << 9;
+pub(super) const FEATURE_DISCARD: u64 = 1 << 13;
+pub(super) const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE: u64 = 0;
@@ -44,6 +48,8 @@ pub enum BlockError {
 pub struct BlockDevice {
     name: String,
     disk: Arc<Disk>,
+    /// Sectors that the file keeps or gives back as one.
+    discard_alignment: u32,
     worker: Option<Worker>,
 }
 
@@ -63,6 +69,8 @@ impl BlockDevice {
         if sectors == 0 {
             return Err(BlockError::Empty);
         }
+        let block = file.metadata().map_err(BlockError::Size)?.blksize();
+        let discard_alignment = u32::try_from(block / SECTOR).unwrap_or_default();
         Ok(Self {
             name: format!("block-{id}"),
             disk: Arc::new(Disk {
@@ -71,6 +79,7 @@ impl BlockDevice {
                 read_only,
                 serial,
             }),
+            discard_alignment: discard_alignment.max(1),
             worker: None,
         })
     }
@@ -86,24 +95,36 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.disk.read_only { READ_ONLY } else { 0 };
-        SEG_MAX | BLK_SIZE | FLUSH | read_only
+        let access = if self.disk.read_only {
+            FEATURE_READ_ONLY
+        } else {
+            FEATURE_DISCARD | FEATURE_WRITE_ZEROES
+        };
+        FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_FLUSH | access
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; 24];
+        // Section 5.2.4, up to what is for secure erase only.
+        let mut config = [0; 60];
         // A request's header and status take a buffer each.
         let segments = u32::from(QUEUE_SIZE.saturating_sub(2));
         let sector = u32::try_from(SECTOR).unwrap_or_default();
-        let fields = [
-            (0, &self.disk.sectors.to_le_bytes()[..]),
-            (12, &segments.to_le_bytes()[..]),
-            (20, &sector.to_le_bytes()[..]),
-        ];
-        for (at, bytes) in fields {
+        let mut put = |at, bytes: &[u8]| {
             for (to, from) in config.iter_mut().skip(at).zip(bytes) {
                 *to = *from;
             }
+        };
+        put(0, &self.disk.sectors.to_le_bytes());
+        put(12, &segments.to_le_bytes());
+        put(20, &sector.to_le_bytes());
+        if !self.disk.read_only {
+            put(36, &MAX_DISCARD.to_le_bytes());
+            put(40, &MAX_RANGES.to_le_bytes());
+            put(44, &self.discard_alignment.to_le_bytes());
+            put(48, &MAX_ZEROES.to_le_bytes());
+            put(52, &MAX_RANGES.to_le_bytes());
+            // Zeroes may end as a hole.
+            put(56, &[1]);
         }
         read_config(&config, offset, data);
     }
@@ -115,8 +136,7 @@ impl VirtioDevice for BlockDevice {
             memory: activation.memory,
             queue,
             interrupt: Arc::clone(&activation.interrupt),
-            // A driver that can't flush expects what is written to be safe (section 5.2.6.2).
-            write_through: activation.features & FLUSH == 0,
+            features: activation.features,
         };
         let worker = Worker::spawn(&self.name, activation.interrupt, handler);
         self.worker = Some(worker.map_err(ActivateError::Worker)?);
@@ -135,7 +155,7 @@ struct Handler {
     memory: GuestMemory,
     queue: ActiveQueue,
     interrupt: Arc<dyn Interrupt>,
-    write_through: bool,
+    features: u64,
 }
 
 impl EventHandler for Handler {
@@ -145,9 +165,9 @@ impl EventHandler for Handler {
 
     fn handle(&mut self, _: &Poller, _token: u64, _: EventSet) -> Result<(), DeviceFault> {
         let memory = self.memory.memory();
-        let (disk, write_through) = (&self.disk, self.write_through);
+        let (disk, features) = (&self.disk, self.features);
         self.queue.serve(&memory, &*self.interrupt, |chain| {
-            disk.serve(&memory, chain, write_through)
+            disk.serve(&memory, chain, features)
         })
     }
 }

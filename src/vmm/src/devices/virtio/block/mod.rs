@@ -3,6 +3,7 @@
 //! guessed: a guest could write another format's header.
 
 mod device;
+mod discard;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,8 @@ use std::io;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use super::device::MAX_BUFFERS;
+use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES, MAX_BUFFERS};
+use super::discard::Clearing;
 use crate::devices::virtio::DeviceFault;
 use crate::sys::vectored;
 
@@ -25,6 +26,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 
 /// Status values.
 pub(super) const OK: u8 = 0;
@@ -42,13 +45,14 @@ pub(super) struct Disk {
 
 /// Buffers of guest memory in the driver's order.
 #[derive(Debug, Default)]
-struct Buffers<'a>(Vec<VolatileSlice<'a>>);
+pub(super) struct Buffers<'a>(Vec<VolatileSlice<'a>>);
 
 /// A request's outcome: its status, and the bytes written to the guest before the status byte.
 type Outcome = Result<usize, u8>;
 
 impl Disk {
-    /// Serves the request in `chain` and returns the bytes written to guest memory.
+    /// Serves the request in `chain` of a driver that agreed on `features`, and returns the bytes
+    /// written to guest memory.
     ///
     /// Fails only when the driver left no byte for the status, or memory that isn't there: no
     /// answer is possible then.
@@ -56,13 +60,13 @@ impl Disk {
         &self,
         memory: &GuestMemoryMmap,
         chain: DescriptorChain<&GuestMemoryMmap>,
-        write_through: bool,
+        features: u64,
     ) -> Result<u32, DeviceFault> {
         let (mut readable, mut writable) = buffers(memory, chain)?;
         let status = writable.take_last_byte();
         let status = status.ok_or(DeviceFault::Driver("a request has no status byte"))?;
         let outcome = match readable.take_header() {
-            Some(header) => self.run(header, readable, writable, write_through),
+            Some(header) => self.run(header, readable, writable, features),
             None => Err(IO_ERROR),
         };
         let (code, written) = match outcome {
@@ -79,7 +83,7 @@ impl Disk {
         header: [u8; HEADER],
         readable: Buffers<'_>,
         writable: Buffers<'_>,
-        write_through: bool,
+        features: u64,
     ) -> Outcome {
         let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
@@ -93,13 +97,19 @@ impl Disk {
             OUT => {
                 let (offset, _) = self.range(sector, &readable)?;
                 self.transfer(readable, offset, vectored::write_at)?;
-                if write_through {
-                    self.flush()?;
-                }
-                Ok(0)
+                self.written(features)
             }
             FLUSH => self.flush().map(|()| 0),
             GET_ID => Ok(writable.write(&self.serial)),
+            // Offered on a writable disk only.
+            DISCARD | WRITE_ZEROES if self.read_only => Err(IO_ERROR),
+            DISCARD if features & FEATURE_DISCARD != 0 => {
+                self.clear(Clearing::Discard, &readable).map(|()| 0)
+            }
+            WRITE_ZEROES if features & FEATURE_WRITE_ZEROES != 0 => {
+                self.clear(Clearing::Zeroes, &readable)?;
+                self.written(features)
+            }
             _ => Err(UNSUPPORTED),
         }
     }
@@ -107,15 +117,20 @@ impl Disk {
     /// Where on the disk a transfer of all of `buffers` lies, if it does.
     fn range(&self, sector: u64, buffers: &Buffers<'_>) -> Result<(u64, usize), u8> {
         let len = buffers.len();
-        let sectors = u64::try_from(len).map_err(|_| IO_ERROR)?;
-        if !sectors.is_multiple_of(SECTOR) {
+        let bytes = u64::try_from(len).map_err(|_| IO_ERROR)?;
+        if !bytes.is_multiple_of(SECTOR) {
             return Err(IO_ERROR);
         }
-        let end = sector.checked_add(sectors / SECTOR).ok_or(IO_ERROR)?;
+        Ok((self.offset(sector, bytes / SECTOR)?, len))
+    }
+
+    /// The first byte of `count` sectors from `sector` on, if the disk has all of them.
+    pub(super) fn offset(&self, sector: u64, count: u64) -> Result<u64, u8> {
+        let end = sector.checked_add(count).ok_or(IO_ERROR)?;
         if end > self.sectors {
             return Err(IO_ERROR);
         }
-        Ok((sector.checked_mul(SECTOR).ok_or(IO_ERROR)?, len))
+        sector.checked_mul(SECTOR).ok_or(IO_ERROR)
     }
 
     fn transfer(
@@ -135,6 +150,15 @@ impl Disk {
             offset = offset.saturating_add(step);
         }
         Ok(())
+    }
+
+    /// Ends a request that has changed the disk: a driver that can't flush expects what is written
+    /// to be safe (section 5.2.6.2).
+    fn written(&self, features: u64) -> Outcome {
+        if features & FEATURE_FLUSH == 0 {
+            self.flush()?;
+        }
+        Ok(0)
     }
 
     fn flush(&self) -> Result<(), u8> {
@@ -174,28 +198,27 @@ fn buffers<'a>(
 }
 
 impl<'a> Buffers<'a> {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         let lens = self.0.iter().map(VolatileSlice::len);
         lens.fold(0, usize::saturating_add)
     }
 
     /// Copies the header out of the front, however the driver has cut it.
     fn take_header(&mut self) -> Option<[u8; HEADER]> {
-        if self.len() < HEADER {
-            return None;
-        }
         let mut header = [0; HEADER];
-        let mut at = header.iter_mut();
-        for slice in &self.0 {
-            let mut part = vec![0_u8; slice.len().min(at.len())];
-            slice.read_slice(&mut part, 0).ok()?;
-            // In this order: `zip` asks the first for one more than it uses.
-            for (from, to) in part.into_iter().zip(at.by_ref()) {
-                *to = from;
-            }
-        }
+        self.read(&mut header)?;
         self.skip(HEADER);
         Some(header)
+    }
+
+    /// Fills `bytes` from the front, if there are as many.
+    pub(super) fn read(&self, mut bytes: &mut [u8]) -> Option<()> {
+        for slice in &self.0 {
+            let (now, later) = bytes.split_at_mut(slice.len().min(bytes.len()));
+            slice.read_slice(now, 0).ok()?;
+            bytes = later;
+        }
+        bytes.is_empty().then_some(())
     }
 
     /// Splits the last byte off.

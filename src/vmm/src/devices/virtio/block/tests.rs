@@ -4,13 +4,17 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES};
+use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, IO_ERROR, OK, SERIAL_LEN, UNSUPPORTED};
 use super::{BlockDevice, BlockError};
 use crate::devices::virtio::{DeviceFault, VirtioDevice};
@@ -27,32 +31,58 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+const UNMAP: u32 = 1;
+
+/// Sectors of a page, which is the least that a file in memory gives back.
+const PAGE: u64 = 8;
 
 struct Fixture {
     memory: GuestMemoryMmap,
     disk: Disk,
+    features: u64,
 }
 
 impl Fixture {
     fn new(read_only: bool) -> Self {
+        Self::on(tempfile::tempfile().unwrap(), SECTORS, read_only)
+    }
+
+    /// A disk in memory, of a kind that has holes and no cheaper way to zeroes.
+    fn in_memory(sectors: u64) -> Self {
+        let file = memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
+        Self::on(file.into(), sectors, false)
+    }
+
+    /// A disk on what takes neither and can't be flushed.
+    fn on_a_device() -> Self {
+        let zero = File::options().read(true).write(true).open("/dev/zero");
+        Self::on(zero.unwrap(), SECTORS, false)
+    }
+
+    fn on(mut file: File, sectors: u64, read_only: bool) -> Self {
         let ranges = [
             (GuestAddress(0), 0x1_0000),
             (GuestAddress(0x1_0000), 0x1_0000),
         ];
         let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
         memory.write_obj(UNTOUCHED, GuestAddress(STATUS)).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 512 + at) as u8).collect();
+        let bytes: Vec<u8> = (0..sectors * 512).map(|at| (at / 512 + at) as u8).collect();
         file.write_all(&bytes).unwrap();
         let mut serial = [0; SERIAL_LEN];
         serial[..4].copy_from_slice(b"root");
         let disk = Disk {
             file,
-            sectors: SECTORS,
+            sectors,
             read_only,
             serial,
         };
-        Self { memory, disk }
+        Self {
+            memory,
+            disk,
+            features: FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_WRITE_ZEROES,
+        }
     }
 
     fn header(&self, kind: u32, sector: u64) {
@@ -76,7 +106,7 @@ impl Fixture {
             descriptors.push(RawDescriptor::from(descriptor));
         }
         let chain = queue.build_desc_chain(&descriptors).unwrap();
-        self.disk.serve(&self.memory, chain, false)
+        self.disk.serve(&self.memory, chain, self.features)
     }
 
     /// A request with one data buffer.
@@ -90,6 +120,35 @@ impl Fixture {
         buffers.push((STATUS, 1, WRITE));
         let written = self.serve(&buffers).unwrap();
         (written, self.status())
+    }
+
+    /// A request to discard or to write zeroes to ranges of (sector, count, flags).
+    fn clear(&self, kind: u32, ranges: &[(u64, u32, u32)]) -> u8 {
+        let mut list = Vec::new();
+        for (sector, count, flags) in ranges {
+            list.extend(sector.to_le_bytes());
+            list.extend(count.to_le_bytes());
+            list.extend(flags.to_le_bytes());
+        }
+        self.clear_with(kind, &list)
+    }
+
+    /// The same with a list of any bytes.
+    fn clear_with(&self, kind: u32, list: &[u8]) -> u8 {
+        self.header(kind, 0);
+        self.memory.write_slice(list, GuestAddress(DATA)).unwrap();
+        let mut buffers = vec![(HEADER, 16, 0)];
+        if !list.is_empty() {
+            buffers.push((DATA, list.len().try_into().unwrap(), 0));
+        }
+        buffers.push((STATUS, 1, WRITE));
+        assert_eq!(self.serve(&buffers).unwrap(), 1);
+        self.status()
+    }
+
+    /// Bytes that the file takes on the host.
+    fn allocated(&self) -> u64 {
+        self.disk.file.metadata().unwrap().blocks() * 512
     }
 
     fn status(&self) -> u8 {
@@ -203,8 +262,8 @@ fn a_file_that_shrank_is_an_error() {
 #[test]
 fn unknown_requests_are_unsupported() {
     let fixture = Fixture::new(false);
-    // SCSI pass-through, discard and write zeroes among them: none is offered.
-    for kind in [2, 3, 5, 11, 13, 0x1000_0000, u32::MAX] {
+    // SCSI pass-through, lifetime and secure erase among them: none is offered.
+    for kind in [2, 3, 5, 10, 12, 14, 0x1000_0000, u32::MAX] {
         assert_eq!(fixture.request(kind, 0, 512), (1, UNSUPPORTED));
     }
 }
@@ -274,16 +333,14 @@ fn a_chain_that_bites_its_tail_ends() {
     queue.desc_table().store(1, descriptors[1]).unwrap();
     let chain = queue.build_desc_chain(&descriptors).unwrap();
     // Fifteen buffers of 512 bytes, the last byte of which is the status.
-    assert_eq!(
-        fixture.disk.serve(&fixture.memory, chain, false).unwrap(),
-        1
-    );
+    assert_eq!(fixture.disk.serve(&fixture.memory, chain, 0).unwrap(), 1);
 }
 
 #[test]
 fn the_configuration_tells_size_and_limits() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(SECTORS * 512 + 511).unwrap();
+    let writable = BlockDevice::new("root", file.try_clone().unwrap(), false).unwrap();
     let device = BlockDevice::new("root", file, true).unwrap();
     let mut config = [0xff; 64];
     device.read_config(0, &mut config);
@@ -294,6 +351,207 @@ fn the_configuration_tells_size_and_limits() {
     device.read_config(u64::MAX, &mut config);
     assert_eq!(config, [0; 64]);
     assert_eq!(device.features() & 1 << 5, 1 << 5);
+    // Nothing that changes a disk is offered on one that is read only.
+    let clearing = FEATURE_DISCARD | FEATURE_WRITE_ZEROES;
+    assert_eq!(device.features() & clearing, 0);
+
+    assert_eq!(writable.features() & (clearing | 1 << 5), clearing);
+    writable.read_config(0, &mut config);
+    let field = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!((field(36), field(40)), (MAX_DISCARD, MAX_RANGES));
+    assert!(field(44) > 0);
+    assert_eq!((field(48), field(52)), (MAX_ZEROES, MAX_RANGES));
+    assert_eq!(config[56..], [1, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+/// Clears pages 1 and 4 of a disk of six in memory; returns what the disk holds, what it should,
+/// and how many bytes the file has given back.
+fn clear_two_pages(kind: u32, flags: u32) -> (Vec<u8>, Vec<u8>, u64) {
+    let fixture = Fixture::in_memory(6 * PAGE);
+    let (mut expected, before) = (fixture.contents(), fixture.allocated());
+    let ranges = [(PAGE, 8, flags), (4 * PAGE, 8, flags)];
+    assert_eq!(fixture.clear(kind, &ranges), OK);
+    expected[4096..2 * 4096].fill(0);
+    expected[4 * 4096..5 * 4096].fill(0);
+    let given_back = before - fixture.allocated();
+    (fixture.contents(), expected, given_back)
+}
+
+#[test]
+fn discarded_ranges_become_holes_and_the_rest_stays() {
+    let (contents, expected, given_back) = clear_two_pages(DISCARD, 0);
+    assert!(contents == expected);
+    assert_eq!(given_back, 2 * 4096);
+}
+
+#[test]
+fn zeroes_become_holes_only_where_the_driver_lets_them() {
+    let (contents, expected, given_back) = clear_two_pages(WRITE_ZEROES, UNMAP);
+    assert!(contents == expected);
+    assert_eq!(given_back, 2 * 4096);
+    let (contents, expected, given_back) = clear_two_pages(WRITE_ZEROES, 0);
+    assert!(contents == expected);
+    assert_eq!(given_back, 0);
+}
+
+#[test]
+fn zeroes_fill_any_sectors_on_any_file_system() {
+    // Whatever this one can do; in memory, they are written, and in several pieces here.
+    let sectors = 400;
+    for fixture in [
+        Fixture::on(tempfile::tempfile().unwrap(), sectors, false),
+        Fixture::in_memory(sectors),
+    ] {
+        let mut expected = fixture.contents();
+        for flags in [0, UNMAP] {
+            // Within a page, across pages, up to the end, and none at all.
+            let start = u64::from(flags);
+            for (sector, count) in [(start + 1, 1), (start + 5, 290), (398, 2), (400, 0)] {
+                let count_bytes = usize::try_from(count).unwrap() * 512;
+                let at = usize::try_from(sector).unwrap() * 512;
+                assert_eq!(fixture.clear(WRITE_ZEROES, &[(sector, count, flags)]), OK);
+                expected[at..at + count_bytes].fill(0);
+                assert!(fixture.contents() == expected, "{sector} {count} {flags}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_that_can_do_neither_is_no_error() {
+    let fixture = Fixture::on_a_device();
+    assert_eq!(fixture.clear(DISCARD, &[(0, 8, 0)]), OK);
+    for flags in [0, UNMAP] {
+        assert_eq!(fixture.clear(WRITE_ZEROES, &[(0, 8, flags)]), OK);
+    }
+}
+
+#[test]
+fn zeroes_are_safe_when_a_driver_that_does_not_flush_is_told() {
+    let mut fixture = Fixture::on_a_device();
+    fixture.features &= !FEATURE_FLUSH;
+    // It can't be flushed, which shows that it would have been.
+    assert_eq!(fixture.clear(WRITE_ZEROES, &[(0, 8, 0)]), IO_ERROR);
+    assert_eq!(fixture.clear(DISCARD, &[(0, 8, 0)]), OK);
+}
+
+#[test]
+fn a_host_that_fails_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, [1; 4096]).unwrap();
+    let mut fixture = Fixture::new(false);
+    // Not open for writing.
+    fixture.disk.file = File::open(&path).unwrap();
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(fixture.clear(kind, &[(0, 8, 0)]), IO_ERROR);
+    }
+    assert_eq!(fixture.contents(), [1; 4096]);
+}
+
+#[test]
+fn bad_ranges_are_refused_before_any_is_cleared() {
+    let fixture = Fixture::new(false);
+    let before = fixture.contents();
+    let good = (0, 1, 0);
+    for kind in [DISCARD, WRITE_ZEROES] {
+        for bad in [
+            (SECTORS, 1, 0),
+            (SECTORS - 1, 2, 0),
+            (SECTORS + 1, 0, 0),
+            (0, u32::MAX, 0),
+            (u64::MAX, 1, 0),
+            (u64::MAX, u32::MAX, 0),
+            (u64::MAX / 512 + 1, 1, 0),
+        ] {
+            assert_eq!(fixture.clear(kind, &[good, bad]), IO_ERROR, "{bad:?}");
+        }
+        for flags in [2, 3, 1 << 31, u32::MAX] {
+            let bad = (1, 1, flags);
+            assert_eq!(fixture.clear(kind, &[good, bad]), UNSUPPORTED, "{bad:?}");
+        }
+    }
+    // For zeroes only.
+    assert_eq!(fixture.clear(DISCARD, &[good, (1, 1, UNMAP)]), UNSUPPORTED);
+    assert_eq!(fixture.contents(), before);
+}
+
+#[test]
+fn longer_ranges_than_offered_are_refused() {
+    for (kind, max, flags) in [(DISCARD, MAX_DISCARD, 0), (WRITE_ZEROES, MAX_ZEROES, UNMAP)] {
+        // Of a file that holds nothing, so that it costs nothing.
+        let mut fixture = Fixture::in_memory(1);
+        fixture.disk.sectors = u64::from(max) + 1;
+        fixture
+            .disk
+            .file
+            .set_len(fixture.disk.sectors * 512)
+            .unwrap();
+        assert_eq!(fixture.clear(kind, &[(0, max + 1, flags)]), IO_ERROR);
+        assert_eq!(fixture.clear(kind, &[(1, max, flags)]), OK);
+    }
+}
+
+#[test]
+fn a_list_of_ranges_is_whole_and_not_too_long() {
+    let fixture = Fixture::new(false);
+    let before = fixture.contents();
+    let max = usize::try_from(MAX_RANGES).unwrap();
+    for kind in [DISCARD, WRITE_ZEROES] {
+        for len in [0, 1, 15, 17, 31, 16 * max + 1, 16 * max + 16, 0x4000] {
+            // Sector 0, count 0.
+            assert_eq!(fixture.clear_with(kind, &vec![0; len]), IO_ERROR, "{len}");
+        }
+        assert_eq!(fixture.clear_with(kind, &vec![0; 16 * max]), OK);
+    }
+    assert_eq!(fixture.contents(), before);
+}
+
+#[test]
+fn a_list_of_ranges_may_be_cut_anywhere() {
+    let fixture = Fixture::new(false);
+    let mut expected = fixture.contents();
+    let mut list = Vec::new();
+    for sector in [1_u64, 3] {
+        list.extend(sector.to_le_bytes());
+        list.extend(1_u64.to_le_bytes());
+    }
+    fixture
+        .memory
+        .write_slice(&list, GuestAddress(DATA))
+        .unwrap();
+    fixture.header(WRITE_ZEROES, u64::MAX);
+    let buffers = [
+        (HEADER, 16, 0),
+        (DATA, 3, 0),
+        (DATA + 3, 20, 0),
+        (DATA + 23, 9, 0),
+    ];
+    let status = [(STATUS, 1, WRITE)];
+    assert_eq!(fixture.serve(&[&buffers[..], &status].concat()).unwrap(), 1);
+    assert_eq!(fixture.status(), OK);
+    expected[512..1024].fill(0);
+    expected[1536..2048].fill(0);
+    assert_eq!(fixture.contents(), expected);
+}
+
+#[test]
+fn nothing_is_cleared_that_is_not_agreed_on_or_read_only() {
+    let mut fixture = Fixture::new(false);
+    let before = fixture.contents();
+    for (kind, feature) in [
+        (DISCARD, FEATURE_DISCARD),
+        (WRITE_ZEROES, FEATURE_WRITE_ZEROES),
+    ] {
+        fixture.features = !feature;
+        assert_eq!(fixture.clear(kind, &[(0, 8, 0)]), UNSUPPORTED);
+    }
+    fixture.features = u64::MAX;
+    fixture.disk.read_only = true;
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(fixture.clear(kind, &[(0, 8, 0)]), IO_ERROR);
+    }
+    assert_eq!(fixture.contents(), before);
 }
 
 #[test]
