@@ -45,6 +45,17 @@ pub struct Setup {
     pub parameters: &'static str,
     /// Network devices.
     pub nets: Vec<Cable>,
+    /// Disks beside the root's, writable: `/dev/vdb` and so on.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk and its file.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its content, raw.
+    pub file: OwnedFd,
+    /// As many threads serve it.
+    pub queues: u16,
 }
 
 impl Default for Setup {
@@ -54,6 +65,7 @@ impl Default for Setup {
             vcpus: 1,
             parameters: "",
             nets: Vec::new(),
+            disks: Vec::new(),
         }
     }
 }
@@ -317,6 +329,21 @@ fn configure(
         .into_iter()
         .map(|cable| cable.describe(&mut files))
         .collect();
+    let mut blocks = vec![Block {
+        id: "root".to_owned(),
+        file: FileIndex(2),
+        read_only: true,
+        queues: 1,
+    }];
+    for (number, disk) in setup.disks.into_iter().enumerate() {
+        files.push(disk.file);
+        blocks.push(Block {
+            id: format!("disk{number}"),
+            file: index(files.len().saturating_sub(1)),
+            read_only: false,
+            queues: disk.queues,
+        });
+    }
     let console = if setup.console {
         files.push(io::stderr().as_fd().try_clone_to_owned()?);
         cmdline.push_str(" console=ttyS0 8250.nr_uarts=1");
@@ -334,11 +361,7 @@ fn configure(
             kernel: FileIndex(1),
             cmdline,
         },
-        blocks: vec![Block {
-            id: "root".to_owned(),
-            file: FileIndex(2),
-            read_only: true,
-        }],
+        blocks,
         nets,
         filesystems: Vec::new(),
         vsock: Some(Vsock {

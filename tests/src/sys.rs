@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What no library does safely: a network namespace of one's own, and taps in it.
+//! What no library does safely: a network namespace of one's own, taps in it, and ranges of a disk
+//! discarded or zeroed.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -10,6 +11,10 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// `TUNSETIFF` of Linux's `if_tun.h`.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+
+/// `BLKDISCARD` and `BLKZEROOUT` of Linux's `fs.h`.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+const BLKZEROOUT: libc::c_ulong = 0x127f;
 
 /// Gives this thread, and those that it starts, a network namespace of their own.
 ///
@@ -51,4 +56,29 @@ pub fn open_tap(name: &str, queues: usize, flags: i32) -> io::Result<Vec<OwnedFd
         taps.push(tap.into());
     }
     Ok(taps)
+}
+
+/// Discards `len` bytes of a block device from `start` on.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn discard(device: &impl AsRawFd, start: u64, len: u64) -> io::Result<()> {
+    clear(device, BLKDISCARD, [start, len])
+}
+
+/// Fills `len` bytes of a block device from `start` on with zeroes; it keeps their place.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn zero_out(device: &impl AsRawFd, start: u64, len: u64) -> io::Result<()> {
+    clear(device, BLKZEROOUT, [start, len])
+}
+
+fn clear(device: &impl AsRawFd, request: libc::c_ulong, range: [u64; 2]) -> io::Result<()> {
+    // SAFETY: the kernel reads two 64-bit numbers, which `range` is.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), request, &raw const range) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

@@ -16,8 +16,8 @@ use clap::{Parser, ValueEnum};
 use rustix::time::{ClockId, clock_gettime};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Milestone,
-    PROTOCOL_VERSION, Request, VmConfig, Vsock,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, MAX_BLOCK_QUEUES,
+    Milestone, PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };
 
 /// Boots a microVM and prints when it came to which point.
@@ -29,7 +29,7 @@ struct Options {
     /// Root file system image, read-only, /dev/vda.
     #[arg(long)]
     image: Option<PathBuf>,
-    /// A further disk, writable.
+    /// A further disk, writable, with a queue for each virtual CPU.
     #[arg(long)]
     disk: Vec<PathBuf>,
     /// Kernel command line; what boots the image is put before it.
@@ -212,6 +212,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             id: "root".to_owned(),
             file: add(open(path, false)?),
             read_only: true,
+            queues: 1,
         });
     }
     for (number, path) in options.disk.iter().enumerate() {
@@ -219,6 +220,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             id: format!("disk{number}"),
             file: add(open(path, true)?),
             read_only: false,
+            queues: u16::from(options.vcpus).min(MAX_BLOCK_QUEUES),
         });
     }
     let mut filesystems = Vec::new();

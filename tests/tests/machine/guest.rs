@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The guest's init: tells of its CPUs, and ends as it is told.
+//! The guest's init: tells of its CPUs, uses its disk, and ends as it is told.
 
 use std::io::Write;
 use std::thread;
@@ -12,7 +12,8 @@ use tests::machine::READY;
 use tests::pattern::read_line;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::{CONTROL, CPUS, EXIT, POWER_OFF, RESTART};
+use crate::disk;
+use crate::{CONTROL, CPUS, DISK, EXIT, POWER_OFF, RESTART};
 
 /// Serves until it is told to exit.
 pub(crate) fn run() {
@@ -29,6 +30,10 @@ fn serve() -> Result<()> {
         let (mut stream, _) = listener.accept()?;
         match read_line(&mut stream)?.trim() {
             CPUS => writeln!(stream, "{}", cpus()?)?,
+            DISK => match disk::in_guest() {
+                Ok(()) => writeln!(stream, "ok")?,
+                Err(error) => writeln!(stream, "failed: {error:#}")?,
+            },
             POWER_OFF => reboot(RebootCommand::PowerOff)?,
             RESTART => reboot(RebootCommand::Restart)?,
             EXIT => return Ok(()),
@@ -53,7 +58,7 @@ fn cpus() -> Result<String> {
 }
 
 /// Moves the calling thread to a CPU.
-fn run_on(cpu: usize) -> Result<(), Errno> {
+pub(crate) fn run_on(cpu: usize) -> Result<(), Errno> {
     let mut set = CpuSet::new();
     set.set(cpu);
     sched_setaffinity(None, &set)?;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Machines of every size, and every way in which a guest can end, under a real guest kernel.
+//! Machines of every size, every way in which a guest can end, and a disk that the guest may
+//! change, under a real guest kernel.
 //!
 //! One static binary in three roles, as the suite `vsock`: the suite, the VMM process of its
 //! machines, and the guest's init.
 
+mod disk;
 mod guest;
 
 use std::io::Write;
@@ -20,6 +22,8 @@ use vmm::control::ExitReason;
 const CONTROL: u32 = 100;
 /// Tells the CPUs that a thread of the guest ran on.
 const CPUS: &str = "cpus";
+/// Has the guest use its second disk and tell how it went.
+const DISK: &str = "disk";
 const POWER_OFF: &str = "power off";
 const RESTART: &str = "restart";
 /// The guest's kernel has no use for a system without an init.
@@ -114,19 +118,24 @@ fn main() -> ExitCode {
 fn suite(filter: Option<&str>) -> Result<bool> {
     let mut failed = Vec::new();
     let mut count = 0_usize;
+    let mut tests: Vec<(&str, Box<dyn Fn() -> Result<()>>)> = Vec::new();
     for case in CASES {
-        if filter.is_some_and(|filter| !case.name.contains(filter)) {
+        tests.push((case.name, Box::new(move || run(&case))));
+    }
+    tests.push((disk::NAME, Box::new(disk::run)));
+    for (name, test) in tests {
+        if filter.is_some_and(|filter| !name.contains(filter)) {
             continue;
         }
         count = count.saturating_add(1);
         let begin = Instant::now();
-        let result = run(&case);
+        let result = test();
         let seconds = begin.elapsed().as_secs_f64();
         match result {
-            Ok(()) => println!("test {} ... ok ({seconds:.2} s)", case.name),
+            Ok(()) => println!("test {name} ... ok ({seconds:.2} s)"),
             Err(error) => {
-                println!("test {} ... FAILED\n    {error:#}", case.name);
-                failed.push(case.name);
+                println!("test {name} ... FAILED\n    {error:#}");
+                failed.push(name);
             }
         }
     }

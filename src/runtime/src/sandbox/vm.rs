@@ -185,6 +185,7 @@ impl Vm {
                 id: "rootfs".to_owned(),
                 file: files.add(machine.image.as_fd()),
                 read_only: true,
+                queues: 1,
             }],
             nets: machine.nets.iter().map(|it| net(it, &mut files)).collect(),
             filesystems: vec![Filesystem {

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,7 +78,13 @@ pub struct Block {
     pub file: FileIndex,
     /// Writes are refused by the device itself.
     pub read_only: bool,
+    /// Its queues, 1 to `MAX_BLOCK_QUEUES`: a thread each. More than one is of use where several
+    /// vCPUs keep a disk busy.
+    pub queues: u16,
 }
+
+/// Most queues of a block device: as many as a function has doorbells for.
+pub const MAX_BLOCK_QUEUES: u16 = 16;
 
 /// A virtio-fs device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,6 @@ mod message;
 
 pub use channel::{Channel, ChannelError};
 pub use message::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, MAX_QUEUE_PAIRS,
-    Milestone, Net, PROTOCOL_VERSION, Request, VmConfig, Vsock,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, MAX_BLOCK_QUEUES,
+    MAX_QUEUE_PAIRS, Milestone, Net, PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };

@@ -174,7 +174,7 @@ fn devices(
     let mut devices: Vec<Named> = Vec::new();
     for block in &config.blocks {
         let file = File::from(files.take(block.file)?);
-        let device = BlockDevice::new(&block.id, file, block.read_only);
+        let device = BlockDevice::new(&block.id, file, block.read_only, block.queues);
         let device = device.map_err(|source| MachineError::Block {
             id: block.id.clone(),
             source,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The device: its configuration and its worker.
+//! The device: its configuration and its workers.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -23,6 +23,7 @@ const FEATURE_SEG_MAX: u64 = 1 << 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_BLK_SIZE: u64 = 1 << 6;
 pub(super) const FEATURE_FLUSH: u64 = 1 << 9;
+pub(super) const FEATURE_MQ: u64 = 1 << 12;
 pub(super) const FEATURE_DISCARD: u64 = 1 << 13;
 pub(super) const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -38,6 +39,14 @@ pub enum BlockError {
     /// Its size is not to be had.
     #[error("can't read its size")]
     Size(#[source] io::Error),
+    /// It can't have as many queues, or none.
+    #[error("a disk has 1 to {max} queues, not {queues}")]
+    Queues {
+        /// The most.
+        max: u16,
+        /// What was asked for.
+        queues: u16,
+    },
     /// A disk has at least one sector.
     #[error("it is empty or ends within its first {SECTOR} bytes")]
     Empty,
@@ -50,16 +59,25 @@ pub struct BlockDevice {
     disk: Arc<Disk>,
     /// Sectors that the file keeps or gives back as one.
     discard_alignment: u32,
-    worker: Option<Worker>,
+    queue_sizes: Vec<u16>,
+    /// One for each queue that the driver uses.
+    workers: Vec<Worker>,
 }
 
 impl BlockDevice {
+    /// Most queues.
+    pub const MAX_QUEUES: u16 = crate::control::MAX_BLOCK_QUEUES;
+
     /// A disk called `id` with the contents of `file`, as large as the file is now; bytes past
-    /// its last whole sector are not seen.
+    /// its last whole sector are not seen. Each of its `queues` is served by a thread of its own.
     ///
     /// # Errors
-    /// The name is too long, or the file has no size or no sector.
-    pub fn new(id: &str, mut file: File, read_only: bool) -> Result<Self, BlockError> {
+    /// The name is too long, the file has no size or no sector, or there are too many queues.
+    pub fn new(id: &str, mut file: File, read_only: bool, queues: u16) -> Result<Self, BlockError> {
+        if !(1..=Self::MAX_QUEUES).contains(&queues) {
+            let max = Self::MAX_QUEUES;
+            return Err(BlockError::Queues { max, queues });
+        }
         let mut serial = [0; SERIAL_LEN];
         let slot = serial.get_mut(..id.len()).ok_or(BlockError::Id)?;
         slot.copy_from_slice(id.as_bytes());
@@ -80,8 +98,41 @@ impl BlockDevice {
                 serial,
             }),
             discard_alignment: discard_alignment.max(1),
-            worker: None,
+            queue_sizes: vec![QUEUE_SIZE; queues.into()],
+            workers: Vec::new(),
         })
+    }
+
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        let enabled = queues.len();
+        // The others are there only for a driver that knows of them (section 5.2.2).
+        let several = features & FEATURE_MQ != 0;
+        for queue in queues {
+            if queue.index() > 0 && !several {
+                continue;
+            }
+            let name = format!("{}-{}", self.name, queue.index());
+            let handler = Handler {
+                disk: Arc::clone(&self.disk),
+                memory: memory.clone(),
+                queue,
+                interrupt: Arc::clone(&interrupt),
+                features,
+            };
+            let worker = Worker::spawn(&name, Arc::clone(&interrupt), handler);
+            self.workers.push(worker.map_err(ActivateError::Worker)?);
+        }
+        if self.workers.is_empty() {
+            let expected = 1;
+            return Err(ActivateError::QueueCount { expected, enabled });
+        }
+        Ok(())
     }
 }
 
@@ -91,7 +142,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -100,7 +151,12 @@ impl VirtioDevice for BlockDevice {
         } else {
             FEATURE_DISCARD | FEATURE_WRITE_ZEROES
         };
-        FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_FLUSH | access
+        let several = if self.queue_sizes.len() > 1 {
+            FEATURE_MQ
+        } else {
+            0
+        };
+        FEATURE_SEG_MAX | FEATURE_BLK_SIZE | FEATURE_FLUSH | several | access
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -117,6 +173,10 @@ impl VirtioDevice for BlockDevice {
         put(0, &self.disk.sectors.to_le_bytes());
         put(12, &segments.to_le_bytes());
         put(20, &sector.to_le_bytes());
+        if self.queue_sizes.len() > 1 {
+            let queues = u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX);
+            put(34, &queues.to_le_bytes());
+        }
         if !self.disk.read_only {
             put(36, &MAX_DISCARD.to_le_bytes());
             put(40, &MAX_RANGES.to_le_bytes());
@@ -129,23 +189,20 @@ impl VirtioDevice for BlockDevice {
         read_config(&config, offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let [queue] = activation.take_queues()?;
-        let handler = Handler {
-            disk: Arc::clone(&self.disk),
-            memory: activation.memory,
-            queue,
-            interrupt: Arc::clone(&activation.interrupt),
-            features: activation.features,
-        };
-        let worker = Worker::spawn(&self.name, activation.interrupt, handler);
-        self.worker = Some(worker.map_err(ActivateError::Worker)?);
-        Ok(())
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.reset();
+        let started = self.start(activation);
+        if started.is_err() {
+            self.reset();
+        }
+        started
     }
 
     fn reset(&mut self) {
-        // Requests are served one by one: when the worker has ended, none is in flight.
-        self.worker = None;
+        // A worker serves its requests one by one: when it has ended, none is in flight.
+        for worker in self.workers.drain(..) {
+            worker.stop();
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 
 mod device;
 mod discard;
+#[cfg(test)]
+mod queue_tests;
 mod request;
 #[cfg(test)]
 mod tests;

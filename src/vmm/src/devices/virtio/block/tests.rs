@@ -340,8 +340,8 @@ fn a_chain_that_bites_its_tail_ends() {
 fn the_configuration_tells_size_and_limits() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(SECTORS * 512 + 511).unwrap();
-    let writable = BlockDevice::new("root", file.try_clone().unwrap(), false).unwrap();
-    let device = BlockDevice::new("root", file, true).unwrap();
+    let writable = BlockDevice::new("root", file.try_clone().unwrap(), false, 1).unwrap();
+    let device = BlockDevice::new("root", file, true, 1).unwrap();
     let mut config = [0xff; 64];
     device.read_config(0, &mut config);
     assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), SECTORS);
@@ -559,17 +559,17 @@ fn files_that_are_no_disk_are_told() {
     let empty = || tempfile::tempfile().unwrap();
     let long = "a name of more than 20";
     assert!(matches!(
-        BlockDevice::new(long, empty(), true),
+        BlockDevice::new(long, empty(), true, 1),
         Err(BlockError::Id)
     ));
     assert!(matches!(
-        BlockDevice::new("a", empty(), true),
+        BlockDevice::new("a", empty(), true, 1),
         Err(BlockError::Empty)
     ));
     let (reader, _writer) = std::io::pipe().unwrap();
     let pipe = File::from(OwnedFd::from(reader));
     assert!(matches!(
-        BlockDevice::new("a", pipe, true),
+        BlockDevice::new("a", pipe, true, 1),
         Err(BlockError::Size(_))
     ));
 }
