@@ -74,7 +74,7 @@ pub struct Boot {
 pub struct Block {
     /// Name in logs, and the serial number that the guest sees (20 bytes at most).
     pub id: String,
-    /// The backing file, raw.
+    /// The backing file, raw. With O_DIRECT it goes past the host's page cache.
     pub file: FileIndex,
     /// Writes are refused by the device itself.
     pub read_only: bool,

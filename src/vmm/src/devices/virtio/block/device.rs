@@ -10,6 +10,7 @@ use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::direct::Direct;
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, SECTOR, SERIAL_LEN};
 use crate::devices::virtio::{
@@ -39,6 +40,9 @@ pub enum BlockError {
     /// Its size is not to be had.
     #[error("can't read its size")]
     Size(#[source] io::Error),
+    /// How it was opened, or what its blocks are, is not to be had.
+    #[error("can't tell how it wants to be read and written")]
+    Direct(#[source] io::Error),
     /// It can't have as many queues, or none.
     #[error("a disk has 1 to {max} queues, not {queues}")]
     Queues {
@@ -69,7 +73,8 @@ impl BlockDevice {
     pub const MAX_QUEUES: u16 = crate::control::MAX_BLOCK_QUEUES;
 
     /// A disk called `id` with the contents of `file`, as large as the file is now; bytes past
-    /// its last whole sector are not seen. Each of its `queues` is served by a thread of its own.
+    /// its last whole sector are not seen, nor, if it was opened with O_DIRECT, those past its last
+    /// whole block. Each of its `queues` is served by a thread of its own.
     ///
     /// # Errors
     /// The name is too long, the file has no size or no sector, or there are too many queues.
@@ -83,7 +88,11 @@ impl BlockDevice {
         slot.copy_from_slice(id.as_bytes());
         // Works for a block device too, where the metadata says 0.
         let bytes = file.seek(SeekFrom::End(0)).map_err(BlockError::Size)?;
-        let sectors = bytes / SECTOR;
+        let direct = Direct::of(&file).map_err(BlockError::Direct)?;
+        // A file that is read and written by whole blocks is not seen past the last of them.
+        let block = direct.as_ref().map_or(SECTOR, Direct::block);
+        let rest = bytes.checked_rem(block).unwrap_or_default();
+        let sectors = bytes.saturating_sub(rest) / SECTOR;
         if sectors == 0 {
             return Err(BlockError::Empty);
         }
@@ -93,6 +102,7 @@ impl BlockDevice {
             name: format!("block-{id}"),
             disk: Arc::new(Disk {
                 file,
+                direct,
                 sectors,
                 read_only,
                 serial,

@@ -6,11 +6,10 @@
 //! A discarded range becomes a hole where the file can have one; discard is advice, so where it
 //! can't, nothing is done. Zeroes are a promise: they are written where nothing cheaper makes them.
 
-use std::os::unix::fs::FileExt;
-
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 
+use super::direct::Direct;
 use super::request::{Buffers, Disk, IO_ERROR, SECTOR, UNSUPPORTED};
 
 /// Most ranges of one request.
@@ -131,13 +130,13 @@ impl Disk {
         if self.allocate(FallocateFlags::ZERO_RANGE, range)? {
             return Ok(());
         }
-        let zeroes = vec![0; usize::try_from(PIECE).unwrap_or_default()];
+        let mut zeroes = vec![0_u8; usize::try_from(PIECE).unwrap_or_default()];
         let (mut offset, mut left) = (range.offset, range.len);
         while left > 0 {
             let step = left.min(PIECE);
-            let piece = usize::try_from(step).ok().and_then(|len| zeroes.get(..len));
-            let written = self.file.write_all_at(piece.ok_or(IO_ERROR)?, offset);
-            written.map_err(|_| IO_ERROR)?;
+            let len = usize::try_from(step).map_err(|_| IO_ERROR)?;
+            let piece = zeroes.get_mut(..len).ok_or(IO_ERROR)?;
+            self.write(Buffers::of(piece), offset)?;
             offset = offset.saturating_add(step);
             left = left.saturating_sub(step);
         }
@@ -147,6 +146,7 @@ impl Disk {
     /// Changes how the file holds a range, and never its size; false if it can't.
     fn allocate(&self, mode: FallocateFlags, range: Range) -> Result<bool, u8> {
         let mode = mode | FallocateFlags::KEEP_SIZE;
+        let _shared = self.direct.as_ref().map(Direct::share);
         match retry_on_intr(|| fallocate(&self.file, mode, range.offset, range.len)) {
             Ok(()) => Ok(true),
             // Not on this file system, not with this kind of file, not at this place: a block

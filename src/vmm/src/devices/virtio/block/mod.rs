@@ -3,6 +3,9 @@
 //! guessed: a guest could write another format's header.
 
 mod device;
+mod direct;
+#[cfg(test)]
+mod direct_tests;
 mod discard;
 #[cfg(test)]
 mod queue_tests;

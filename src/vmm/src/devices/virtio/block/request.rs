@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One request (virtio 1.2, section 5.2.6): a header that the device reads, data, and a status
 //! byte that it writes. The header is copied once and only the copy is looked at; data goes
-//! between file and guest memory with no copy between.
+//! between file and guest memory with no copy between, but for what O_DIRECT can't move.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +10,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
 use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES, MAX_BUFFERS};
+use super::direct::Direct;
 use super::discard::Clearing;
 use crate::devices::virtio::DeviceFault;
 use crate::sys::vectored;
@@ -38,6 +39,8 @@ pub(super) const UNSUPPORTED: u8 = 2;
 #[derive(Debug)]
 pub(super) struct Disk {
     pub(super) file: File,
+    /// How to go about it, if it was opened with O_DIRECT.
+    pub(super) direct: Option<Direct>,
     pub(super) sectors: u64,
     pub(super) read_only: bool,
     pub(super) serial: [u8; SERIAL_LEN],
@@ -90,13 +93,13 @@ impl Disk {
         match u32::from_le_bytes([t0, t1, t2, t3]) {
             IN => {
                 let (offset, len) = self.range(sector, &writable)?;
-                self.transfer(writable, offset, vectored::read_at)?;
+                self.read(writable, offset)?;
                 Ok(len)
             }
             OUT if self.read_only => Err(IO_ERROR),
             OUT => {
                 let (offset, _) = self.range(sector, &readable)?;
-                self.transfer(readable, offset, vectored::write_at)?;
+                self.write(readable, offset)?;
                 self.written(features)
             }
             FLUSH => self.flush().map(|()| 0),
@@ -131,6 +134,27 @@ impl Disk {
             return Err(IO_ERROR);
         }
         sector.checked_mul(SECTOR).ok_or(IO_ERROR)
+    }
+
+    pub(super) fn read(&self, buffers: Buffers<'_>, offset: u64) -> Result<(), u8> {
+        match &self.direct {
+            Some(direct) if !direct.fits(&buffers, offset) => {
+                direct.read(&self.file, buffers, offset)
+            }
+            _ => self.transfer(buffers, offset, vectored::read_at),
+        }
+    }
+
+    pub(super) fn write(&self, buffers: Buffers<'_>, offset: u64) -> Result<(), u8> {
+        match &self.direct {
+            Some(direct) if !direct.fits(&buffers, offset) => {
+                direct.write(&self.file, buffers, offset)
+            }
+            direct => {
+                let _shared = direct.as_ref().map(Direct::share);
+                self.transfer(buffers, offset, vectored::write_at)
+            }
+        }
     }
 
     fn transfer(
@@ -198,6 +222,19 @@ fn buffers<'a>(
 }
 
 impl<'a> Buffers<'a> {
+    /// Memory of ours.
+    pub(super) fn of(bytes: &'a mut [u8]) -> Self {
+        Self(vec![VolatileSlice::from(bytes)])
+    }
+
+    /// Whether each begins and ends at a multiple of `block`.
+    pub(super) fn are_aligned(&self, block: usize) -> bool {
+        self.0.iter().all(|slice| {
+            let start = slice.ptr_guard().as_ptr().addr();
+            start.is_multiple_of(block) && slice.len().is_multiple_of(block)
+        })
+    }
+
     pub(super) fn len(&self) -> usize {
         let lens = self.0.iter().map(VolatileSlice::len);
         lens.fold(0, usize::saturating_add)
@@ -232,7 +269,7 @@ impl<'a> Buffers<'a> {
     }
 
     /// Drops `count` bytes from the front.
-    fn skip(&mut self, mut count: usize) {
+    pub(super) fn skip(&mut self, mut count: usize) {
         let mut whole = 0_usize;
         for slice in &mut self.0 {
             if slice.len() > count {
@@ -248,7 +285,7 @@ impl<'a> Buffers<'a> {
     }
 
     /// Writes as much of `bytes` as there is room for.
-    fn write(&self, mut bytes: &[u8]) -> usize {
+    pub(super) fn write(&self, mut bytes: &[u8]) -> usize {
         let mut written = 0_usize;
         for slice in &self.0 {
             let (now, later) = bytes.split_at(slice.len().min(bytes.len()));

@@ -74,6 +74,7 @@ impl Fixture {
         serial[..4].copy_from_slice(b"root");
         let disk = Disk {
             file,
+            direct: None,
             sectors,
             read_only,
             serial,
