@@ -114,11 +114,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// What fails where a machine is not as it should be.
+type Test = Box<dyn Fn() -> Result<()>>;
+
 /// Whether all cases with `filter` in their names passed.
 fn suite(filter: Option<&str>) -> Result<bool> {
     let mut failed = Vec::new();
     let mut count = 0_usize;
-    let mut tests: Vec<(&str, Box<dyn Fn() -> Result<()>>)> = Vec::new();
+    let mut tests: Vec<(&str, Test)> = Vec::new();
     for case in CASES {
         tests.push((case.name, Box::new(move || run(&case))));
     }
