@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Anonymous memory, aligned so that huge pages fit.
+//! Anonymous memory, aligned so that huge pages fit, and pages of it given back.
 
 use std::{io, ptr};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::param::page_size;
+use vm_memory::VolatileSlice;
 use vm_memory::mmap::MmapRegion;
 
 /// Bytes of a huge page. KVM maps one into the guest where guest and host address agree modulo
@@ -51,4 +53,65 @@ pub(crate) fn anonymous(len: usize) -> io::Result<MmapRegion> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: the range is mapped with these flags and is never unmapped.
     unsafe { MmapRegion::build_raw(aligned, len, prot, flags) }.map_err(io::Error::other)
+}
+
+/// Gives the whole pages within `slice` back to the host. They stay mapped, and those of private
+/// anonymous memory read as zero from then on. What surrounds them in the slice is left alone.
+///
+/// # Errors
+/// The memory is locked, or not of a kind that can be given back.
+pub(crate) fn discard(slice: VolatileSlice<'_>) -> io::Result<()> {
+    let page = page_size();
+    let skipped = slice.ptr_guard_mut().as_ptr().align_offset(page);
+    let rest = slice.len().saturating_sub(skipped);
+    let len = rest.saturating_sub(rest.checked_rem(page).unwrap_or(rest));
+    if len == 0 {
+        return Ok(());
+    }
+    let pages = slice.subslice(skipped, len).map_err(io::Error::other)?;
+    let start = pages.ptr_guard_mut();
+    // SAFETY: the range is whole pages of the slice, which keeps them mapped; memory that is only
+    // reached through such slices may change its contents at any time.
+    unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontNeed) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::VolatileMemory;
+
+    use super::*;
+
+    #[test]
+    fn whole_pages_alone_are_discarded() {
+        let page = page_size();
+        for (offset, len, first, last) in [
+            (0, 4 * page, 0, 4),
+            (page, page, 1, 2),
+            (1, 3 * page, 1, 3),
+            (page, 2 * page - 1, 1, 2),
+            (page - 1, page + 2, 1, 2),
+            (1, page, 0, 0),
+            (page, page - 1, 0, 0),
+            (page, 0, 0, 0),
+        ] {
+            let region = anonymous(4 * page).unwrap();
+            let all = region.get_slice(0, 4 * page).unwrap();
+            all.copy_from(&vec![0xab_u8; 4 * page]);
+            discard(region.get_slice(offset, len).unwrap()).unwrap();
+            let mut bytes = vec![0_u8; 4 * page];
+            all.copy_to(&mut bytes);
+            for (number, bytes) in bytes.chunks(page).enumerate() {
+                let expected = if (first..last).contains(&number) {
+                    0
+                } else {
+                    0xab
+                };
+                assert!(
+                    bytes.iter().all(|byte| *byte == expected),
+                    "page {number} of {offset}, {len}"
+                );
+            }
+        }
+    }
 }

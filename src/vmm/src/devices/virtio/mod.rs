@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Virtio devices (virtio 1.2). One folder a device; none knows its transport or the architecture.
 
+pub mod balloon;
 pub mod block;
 mod device;
 pub mod fs;
