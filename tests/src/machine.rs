@@ -369,6 +369,7 @@ fn configure(
             listener: FileIndex(3),
         }),
         rng: true,
+        balloon: true,
         console,
     };
     Ok((config, files))

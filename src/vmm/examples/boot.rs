@@ -59,6 +59,9 @@ struct Options {
     /// Leave out virtio-rng.
     #[arg(long)]
     no_rng: bool,
+    /// Leave out virtio-balloon.
+    #[arg(long)]
+    no_balloon: bool,
     /// The point to stop the guest at.
     #[arg(long, value_enum, default_value_t = Wait::Exit)]
     wait: Wait,
@@ -266,6 +269,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
         filesystems,
         vsock,
         rng: !options.no_rng,
+        balloon: !options.no_balloon,
         console,
     };
     Ok((config, files))

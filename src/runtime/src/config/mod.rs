@@ -64,6 +64,8 @@ pub(crate) struct Config {
     pub(crate) overhead_vcpus: f64,
     /// Memory that a machine has beside what its containers' limits ask for, in MiB.
     pub(crate) overhead_mib: u32,
+    /// Whether the memory that a guest frees goes back to the host.
+    pub(crate) reclaim: bool,
     /// How long the guest may trust what it has read of a shared file.
     pub(crate) shared_cache: FsCache,
     /// What the monitor logs; in detail, the guest's console goes to the log, too.
@@ -127,6 +129,7 @@ impl Config {
             most_memory_mib: None,
             overhead_vcpus: 0.0,
             overhead_mib: 64,
+            reclaim: true,
             shared_cache: FsCache::Auto,
             monitor: Verbosity::at(Level::INFO),
             agent: Verbosity::at(Level::WARN),

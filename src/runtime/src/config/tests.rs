@@ -52,6 +52,7 @@ fn kata_s_keys_are_applied() {
             default_memory = 512
             kernel_params = "a=b"
             shared_fs = "inline-virtio-fs"
+            reclaim_guest_freed_memory = false
             [agent.kata]
             reconnect_timeout_ms = 3000
             create_container_timeout = 5
@@ -66,6 +67,7 @@ fn kata_s_keys_are_applied() {
     assert_eq!(config.boot_timeout, Duration::from_secs(10));
     assert_eq!(config.call_timeout, Duration::from_secs(5));
     assert!(!config.seccomp);
+    assert!(!config.reclaim);
     assert_eq!(config.log.level(), Level::WARN);
     assert!(!config.log.debug);
 }

@@ -184,6 +184,7 @@ impl Booting {
                 cmdline: cmdline(config),
                 log_level: config.monitor.level(),
                 cache: config.shared_cache,
+                balloon: config.reclaim,
                 kvm,
                 kernel,
                 image,

@@ -54,6 +54,8 @@ pub(crate) struct Machine {
     pub(crate) log_level: Level,
     /// How long the guest may trust what it has read of a shared file.
     pub(crate) cache: FsCache,
+    /// Whether the memory that the guest frees goes back to the host.
+    pub(crate) balloon: bool,
     pub(crate) kvm: File,
     pub(crate) kernel: File,
     pub(crate) image: File,
@@ -199,6 +201,7 @@ impl Vm {
                 listener: files.add(machine.vsock.as_fd()),
             }),
             rng: true,
+            balloon: machine.balloon,
             console: match &machine.console {
                 Some(file) => Console::File(files.add(file.as_fd())),
                 None => Console::Quiet,

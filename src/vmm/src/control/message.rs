@@ -56,6 +56,8 @@ pub struct VmConfig {
     pub vsock: Option<Vsock>,
     /// Whether there is a virtio-rng.
     pub rng: bool,
+    /// Whether there is a virtio-balloon, by which the guest gives back the memory that it frees.
+    pub balloon: bool,
     /// What becomes of the serial port.
     pub console: Console,
 }

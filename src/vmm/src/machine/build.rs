@@ -20,6 +20,7 @@ use crate::arch::x86_64::vcpu::CpuModel;
 use crate::arch::x86_64::{layout, pvh};
 use crate::bus::{Bus, BusDevice};
 use crate::control::{Boot, Console, ExitReason, FileIndex, FsCache, Milestone, Net, VmConfig};
+use crate::devices::virtio::balloon::BalloonDevice;
 use crate::devices::virtio::block::BlockDevice;
 use crate::devices::virtio::fs::{Fs, FsConfig, open_file_quota};
 use crate::devices::virtio::net::{NetConfig, NetDevice};
@@ -207,6 +208,9 @@ fn devices(
     }
     if config.rng {
         devices.push(("rng".to_owned(), Box::new(RngDevice::new())));
+    }
+    if config.balloon {
+        devices.push(("balloon".to_owned(), Box::new(BalloonDevice::new())));
     }
     Ok(devices)
 }

@@ -93,12 +93,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         MACHINE,
-        "reclaim_guest_freed_memory",
-        Choice::Flag(false),
-        "there is no balloon",
-    ),
-    fixed(
-        MACHINE,
         "enable_hugepages",
         Choice::Flag(false),
         "guest memory is not taken from hugetlbfs",

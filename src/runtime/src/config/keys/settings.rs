@@ -135,6 +135,15 @@ pub(super) static SETTINGS: &[Key] = &[
     ),
     set(
         MACHINE,
+        "reclaim_guest_freed_memory",
+        |config| config.reclaim.into(),
+        |config, value| {
+            config.reclaim = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
         "virtio_fs_cache",
         |config| name(&config.shared_cache, CACHES),
         |config, value| {
