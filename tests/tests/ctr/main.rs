@@ -11,6 +11,7 @@
 
 mod exec;
 mod lifecycle;
+mod memory;
 mod run;
 mod spec;
 mod vm;
