@@ -117,6 +117,13 @@ impl Node {
         &self.containerd
     }
 
+    /// How many of its guests have ended by a triple fault, by their shims' words.
+    #[must_use]
+    pub fn triple_faults(&self) -> usize {
+        let words = "ended reason=\"a triple fault of the guest's kernel\"";
+        self.containerd.log().matches(words).count()
+    }
+
     /// Its networks.
     #[must_use]
     pub fn networks(&self) -> &Networks {

@@ -140,7 +140,7 @@ fn bulk_between_pods_arrives_whole() -> Outcome {
                      until netstat -ltn | grep -q :{port}; do sleep 0.1; done"
                 ))?;
                 let sent = sender.shell(&format!(
-                    "head -c 33554432 /dev/urandom > /tmp/data; sha256sum < /tmp/data; \
+                    "head -c 8388608 /dev/urandom > /tmp/data; sha256sum < /tmp/data; \
                      nc {address} {port} < /tmp/data"
                 ))?;
                 let received = receiver.shell(&format!(

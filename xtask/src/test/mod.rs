@@ -152,7 +152,7 @@ const SUITES: &[Suite] = &[
         about: "the same with containerd 2",
         quick: false,
         place: Place::Containerd2("podsandbox"),
-        skip: &["load::a_hundred"],
+        skip: &["load::a_hundred", "network::bulk"],
     },
     Suite {
         name: "sandbox",
