@@ -8,9 +8,9 @@
 //! time, whether it takes interrupts just then or not. It hangs on a spin lock that its own processor
 //! holds, or ends by a triple fault; the dev VM's kernel suffers likewise.
 //!
-//! Seen with QEMU's own `microvm` as the monitor, four guests at a time: 5 of 160 lost at their
-//! boot, and every fourth with `thread=single`, which leaves the loop all the time; none
-//! of 300 and none of 48 without the store.
+//! Seen with QEMU's own `microvm` as the monitor, four guests at a time: 5 of 160 lost at their boot, and
+//! at least 12 of the first 50 with `thread=single`, which leaves the loop all the time; none of 48
+//! with that and without the store. Another fault is left, seen under heavy traffic, and not understood.
 
 use crate::{cache, packages, progress};
 use anyhow::{Context, Result};
