@@ -6,7 +6,7 @@
 //! in `exception_index`, where what is still to be delivered stands. When the CPU's loop is left before
 //! the guest's next exit, for whatever reason of QEMU's own, the guest gets the interrupt a second
 //! time, whether it takes interrupts just then or not. It hangs on a spin lock that its own processor
-//! holds, or ends by a triple fault; the dev VM's kernel suffers likewise.
+//! holds, or ends by a triple fault.
 //!
 //! Seen with QEMU's own `microvm` as the monitor, four guests at a time: 5 of 160 lost at their boot, and
 //! at least 12 of the first 50 with `thread=single`, which leaves the loop all the time; none of 48
