@@ -92,7 +92,6 @@ pub(crate) fn in_guest() -> Result<()> {
     ensure!(queues == CPUS, "the disk has {queues} queues");
 
     let mut device = File::options().read(true).write(true).open(DEVICE)?;
-    let len = |range: &Range<u64>| range.end.saturating_sub(range.start);
     sys::discard(&device, DISCARDED.start, len(&DISCARDED)).context("discarding")?;
     sys::zero_out(&device, ZEROED.start, len(&ZEROED)).context("zeroing")?;
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -109,6 +108,10 @@ pub(crate) fn in_guest() -> Result<()> {
         written.with_context(|| format!("writing on CPU {cpu}"))?;
     }
     check(&mut device).context("the disk")
+}
+
+fn len(range: &Range<u64>) -> u64 {
+    range.end.saturating_sub(range.start)
 }
 
 fn own_block(cpu: usize) -> [u8; BLOCK] {
@@ -137,8 +140,7 @@ fn check(disk: &mut File) -> Result<()> {
     };
     // A file in memory reads as zeroes where it was discarded.
     for range in [DISCARDED, ZEROED, PUNCHED] {
-        let len = range.end.saturating_sub(range.start);
-        put(range.start, &vec![0; usize::try_from(len)?]);
+        put(range.start, &vec![0; usize::try_from(len(&range))?]);
     }
     for cpu in 0..CPUS {
         put(own_place(cpu), &own_block(cpu));

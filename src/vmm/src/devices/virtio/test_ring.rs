@@ -10,6 +10,8 @@
 use std::io;
 use std::sync::atomic::{Ordering, fence};
 
+#[cfg(test)]
+use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -127,6 +129,18 @@ impl Ring {
         let len: u32 = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
         Some((u16::try_from(id).unwrap(), len))
     }
+}
+
+/// A chain's descriptors, of (address, length, flags) each.
+#[cfg(test)]
+pub(crate) fn descriptors(buffers: &[(u64, u32, u16)]) -> Vec<RawDescriptor> {
+    let numbered = (1..).zip(buffers);
+    let describe = |(following, (address, len, flags)): (u16, &(u64, u32, u16))| {
+        let more = usize::from(following) < buffers.len();
+        let next = if more { NEXT } else { 0 };
+        Descriptor::new(*address, *len, flags | next, following).into()
+    };
+    numbered.map(describe).collect()
 }
 
 /// Interrupts that nobody waits for.

@@ -3,23 +3,19 @@
 
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::DescriptorChain;
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::BalloonDevice;
 use super::device::PAGE_REPORTING;
 use super::request::{MAX_PAGES, MAX_RANGES, inflate, report};
-use crate::devices::virtio::test_ring::{NoInterrupt, Ring};
+use crate::devices::virtio::test_ring::{NoInterrupt, Ring, WRITE, descriptors};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, GuestMemory, VirtioDevice,
 };
 
 const PAGE: u64 = 0x1000;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// Where page numbers are written; the ring lies before them, the pages to give away behind.
 const NUMBERS: u64 = 0x8000;
 const FIRST: u64 = 0x10;
@@ -52,14 +48,7 @@ impl Fixture {
     /// Serves a chain of (address, length, flags).
     fn serve(&self, serve: Serve, buffers: &[(u64, u32, u16)]) -> Result<u32, DeviceFault> {
         let queue = MockSplitQueue::new(&self.memory, 256);
-        let mut descriptors = Vec::new();
-        for (index, (address, len, flags)) in (1..).zip(buffers) {
-            let more = usize::from(index) < buffers.len();
-            let next = if more { VRING_DESC_F_NEXT as u16 } else { 0 };
-            let descriptor = Descriptor::new(*address, *len, flags | next, index);
-            descriptors.push(RawDescriptor::from(descriptor));
-        }
-        let chain = queue.build_desc_chain(&descriptors).unwrap();
+        let chain = queue.build_desc_chain(&descriptors(buffers)).unwrap();
         serve(&self.memory, chain)
     }
 

@@ -18,23 +18,22 @@ use crate::devices::virtio::VirtioDevice;
 const BLOCK: u64 = 4096;
 const SECTORS: u64 = 2048;
 
-/// A disk with known bytes.
-fn disk(mut file: File, direct: Option<Direct>) -> (Disk, Vec<u8>) {
-    let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 251 + at) as u8).collect();
-    file.write_all(&bytes).unwrap();
-    let disk = Disk {
+fn disk(file: File, direct: Option<Direct>) -> Disk {
+    Disk {
         file,
         direct,
         sectors: SECTORS,
         read_only: false,
         serial: [0; SERIAL_LEN],
-    };
-    (disk, bytes)
+    }
 }
 
+/// A disk with known bytes, on blocks of this size.
 fn on_blocks(block: u64) -> (Disk, Vec<u8>) {
-    let direct = Direct::with_block(block);
-    disk(tempfile::tempfile().unwrap(), Some(direct))
+    let mut file = tempfile::tempfile().unwrap();
+    let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at / 251 + at) as u8).collect();
+    file.write_all(&bytes).unwrap();
+    (disk(file, Some(Direct::with_block(block))), bytes)
 }
 
 /// Sectors to begin at and to transfer: within a block, across blocks, whole blocks, and more than
@@ -153,13 +152,7 @@ fn the_kernel_takes_what_goes_by_the_buffer() {
     let file = open_direct();
     file.set_len(SECTORS * 512).unwrap();
     let direct = Direct::of(&file).unwrap();
-    let disk = Disk {
-        file,
-        direct,
-        sectors: SECTORS,
-        read_only: false,
-        serial: [0; SERIAL_LEN],
-    };
+    let disk = disk(file, direct);
     let mut expected = vec![0; usize::try_from(SECTORS).unwrap() * 512];
     for (round, (sector, count)) in (1..).zip(TRANSFERS) {
         let (at, len) = (usize::try_from(sector).unwrap() * 512, count * 512);

@@ -7,7 +7,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
@@ -17,12 +16,12 @@ use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES};
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, IO_ERROR, OK, SERIAL_LEN, UNSUPPORTED};
 use super::{BlockDevice, BlockError};
+use crate::devices::virtio::test_ring::{NEXT, WRITE, descriptors};
 use crate::devices::virtio::{DeviceFault, VirtioDevice};
 
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x8000;
 const STATUS: u64 = 0x6000;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// What a status byte holds before the device writes it.
 const UNTOUCHED: u8 = 0xee;
 const SECTORS: u64 = 8;
@@ -99,14 +98,7 @@ impl Fixture {
     /// Serves a chain of (address, length, flags).
     fn serve(&self, buffers: &[(u64, u32, u16)]) -> Result<u32, DeviceFault> {
         let queue = MockSplitQueue::new(&self.memory, 16);
-        let mut descriptors = Vec::new();
-        for (index, (address, len, flags)) in (1..).zip(buffers) {
-            let more = usize::from(index) < buffers.len();
-            let next = if more { VRING_DESC_F_NEXT as u16 } else { 0 };
-            let descriptor = Descriptor::new(*address, *len, flags | next, index);
-            descriptors.push(RawDescriptor::from(descriptor));
-        }
-        let chain = queue.build_desc_chain(&descriptors).unwrap();
+        let chain = queue.build_desc_chain(&descriptors(buffers)).unwrap();
         self.disk.serve(&self.memory, chain, self.features)
     }
 
@@ -325,10 +317,9 @@ fn a_chain_that_bites_its_tail_ends() {
     let fixture = Fixture::new(false);
     fixture.header(IN, 0);
     let queue = MockSplitQueue::new(&fixture.memory, 16);
-    let next = VRING_DESC_F_NEXT as u16;
     let descriptors = [
-        RawDescriptor::from(Descriptor::new(HEADER, 16, next, 1)),
-        RawDescriptor::from(Descriptor::new(DATA, 512, WRITE | next, 1)),
+        RawDescriptor::from(Descriptor::new(HEADER, 16, NEXT, 1)),
+        RawDescriptor::from(Descriptor::new(DATA, 512, WRITE | NEXT, 1)),
     ];
     queue.desc_table().store(0, descriptors[0]).unwrap();
     queue.desc_table().store(1, descriptors[1]).unwrap();
