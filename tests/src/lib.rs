@@ -27,4 +27,5 @@ pub mod scenario;
 pub mod slow_fs;
 pub mod sys;
 pub mod tasks;
+pub mod volume;
 pub mod wait;

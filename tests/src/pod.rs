@@ -86,6 +86,15 @@ impl Spec {
         self
     }
 
+    /// May have privileged containers.
+    #[must_use]
+    pub fn privileged(mut self) -> Self {
+        let linux = self.config.linux.mut_or_insert_default();
+        let context = linux.security_context.mut_or_insert_default();
+        context.privileged = true;
+        self
+    }
+
     /// With an annotation.
     #[must_use]
     pub fn with_annotation(mut self, key: &str, value: &str) -> Self {

@@ -162,6 +162,13 @@ const SUITES: &[Suite] = &[
         skip: &["load::", "streams::", "network::bulk"],
     },
     Suite {
+        name: "volumes",
+        about: "what pods store on, and how they grow and shrink",
+        quick: false,
+        place: Place::DevVm,
+        skip: &[],
+    },
+    Suite {
         name: "faults",
         about: "killed processes, missing files: words and leaks",
         quick: false,

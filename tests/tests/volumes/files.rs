@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Folders and files of the host in containers.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::{Result, ensure};
+use tests::cri::LIMIT;
+use tests::pod::{Container, Pod, Spec};
+use tests::scenario::{Outcome, pod_scenario};
+use tests::volume::{Access, Volumes, privileged, with_mount};
+
+/// Runs until it is told to end.
+const WAITS: &str = "trap 'exit 0' TERM; echo up; sleep 1000 & wait";
+
+fn started(pod: &Pod, config: &tests::cri::messages::ContainerConfig) -> Result<Container> {
+    let container = pod.start(config)?;
+    container.wait_for_log("up\n", LIMIT)?;
+    Ok(container)
+}
+
+#[test]
+fn a_folder_is_the_same_for_containers_and_the_host() -> Outcome {
+    pod_scenario(|node| {
+        let volumes = Volumes::new()?;
+        let empty = volumes.volume("empty-dir", "data")?;
+        let pod = Pod::run(node, "folder")?;
+        let config = |name: &str, place: &str| {
+            with_mount(pod.container(name, WAITS), &empty, place, Access::Write)
+        };
+        let first = started(&pod, &config("first", "/data"))?;
+        let second = started(&pod, &config("second", "/srv/other"))?;
+        first.shell("echo one > /data/a; mkdir /data/d; ln -s a /data/l; chmod 640 /data/a")?;
+        second.shell(
+            "echo two >> /srv/other/l; chown 7:8 /srv/other/a; mv /srv/other/d /srv/other/e",
+        )?;
+        ensure!(first.shell("cat /data/a; ls /data")? == "one\ntwo\na\ne\nl");
+        ensure!(fs::read_to_string(empty.join("a"))? == "one\ntwo\n");
+        let metadata = fs::metadata(empty.join("a"))?;
+        let (uid, gid, mode) = (metadata.uid(), metadata.gid(), metadata.mode() & 0o7777);
+        ensure!((uid, gid, mode) == (7, 8, 0o640), "{uid} {gid} {mode:o}");
+        fs::write(empty.join("from-host"), "three\n")?;
+        ensure!(second.shell("cat /srv/other/from-host")? == "three");
+        // It stays what it was when a container comes back.
+        first.stop(30)?;
+        first.remove()?;
+        let mut again = config("first", "/data");
+        again.metadata.mut_or_insert_default().attempt = 1;
+        let again = started(&pod, &again)?;
+        ensure!(again.shell("cat /data/a /data/from-host")? == "one\ntwo\nthree");
+        pod.remove()?;
+        ensure!(fs::read_to_string(empty.join("a"))? == "one\ntwo\n");
+        Ok(())
+    })
+}
+
+#[test]
+fn read_only_is_kept_from_root_with_every_capability() -> Outcome {
+    pod_scenario(|node| {
+        let volumes = Volumes::new()?;
+        let folder = volumes.volume("empty-dir", "kept")?;
+        fs::create_dir(folder.join("below"))?;
+        fs::write(folder.join("file"), "as it was\n")?;
+        let pod = Spec::new("read-only").privileged().run(node)?;
+        let config = with_mount(pod.container("main", WAITS), &folder, "/kept", Access::Read);
+        let config = with_mount(config, &folder.join("file"), "/one-file", Access::Read);
+        let container = started(&pod, &privileged(config))?;
+        ensure!(container.shell("cat /kept/file /one-file")? == "as it was\nas it was");
+        let attempts = [
+            "echo x > /kept/new",
+            "echo x >> /kept/file",
+            "echo x > /one-file",
+            "rm /kept/file",
+            "mv /kept/file /kept/other",
+            "mkdir /kept/below/x",
+            "chmod 777 /kept/file",
+            "chown 5 /kept",
+            "ln -s x /kept/link",
+            "touch -d 2000-01-01 /kept/file",
+        ];
+        for remount in [
+            ":",
+            "mount -o remount,bind,rw /kept /kept; mount -o remount,bind,rw /one-file",
+        ] {
+            // Whether the guest's own mount gives way is no matter: what is behind does not.
+            container.exec(&["sh", "-c", remount])?;
+            for attempt in attempts {
+                let answer = container.exec(&["sh", "-c", attempt])?;
+                ensure!(
+                    answer.exit_code != 0,
+                    "after `{remount}`, `{attempt}` went through"
+                );
+            }
+        }
+        ensure!(fs::read_to_string(folder.join("file"))? == "as it was\n");
+        ensure!(fs::read_dir(&folder)?.count() == 2);
+        pod.remove()
+    })
+}
