@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a directory can't be served. What goes wrong in a request is the guest's to hear.
 
+use std::path::PathBuf;
+
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -16,4 +18,13 @@ pub enum ServerError {
     /// The host refused a call on the shared directory.
     #[error("can't use the shared directory")]
     Root(#[source] Errno),
+    /// The folder that is not to be cached is not there.
+    #[error("can't use the folder {path:?} of the shared directory")]
+    Uncached {
+        /// As the options name it.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Errno,
+    },
 }

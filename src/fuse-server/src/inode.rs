@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use rustix::fs::{FileType, Statx, makedev};
 use rustix::io::Errno;
 
+use crate::options::Cache;
 use crate::protocol::ROOT_ID;
 use crate::quota::Permit;
 
@@ -59,6 +60,8 @@ pub(crate) struct Inode {
     pub(crate) id: u64,
     /// Its type, which never changes.
     pub(crate) kind: FileType,
+    /// How long the guest may trust what it has seen of it.
+    pub(crate) cache: Cache,
     path: OwnedFd,
     key: Key,
     /// Look-ups not yet forgotten. Grows under the table's read lock and shrinks under its write
@@ -106,6 +109,7 @@ pub(crate) struct Inodes {
 pub(crate) struct Found {
     pub(crate) path: OwnedFd,
     pub(crate) stat: Statx,
+    pub(crate) cache: Cache,
     pub(crate) permit: Permit,
 }
 
@@ -114,6 +118,7 @@ impl Found {
         Inode {
             id,
             kind: FileType::from_raw_mode(self.stat.stx_mode.into()),
+            cache: self.cache,
             key: Key::new(&self.stat),
             path: self.path,
             lookups: AtomicU64::new(lookups),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How a directory is shared.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the guest may trust what it has seen.
@@ -33,6 +34,8 @@ pub struct Options {
     pub read_only: bool,
     /// How long the guest may cache.
     pub cache: Cache,
+    /// A folder, as a path from the shared directory, below which it may not cache at all.
+    pub uncached: Option<PathBuf>,
     /// Let the guest's page cache collect writes. Takes effect with `Cache::Always` only: a
     /// guest that writes back later decides alone on sizes and times.
     pub writeback: bool,
@@ -52,6 +55,7 @@ impl Default for Options {
         Self {
             read_only: false,
             cache: Cache::default(),
+            uncached: None,
             writeback: false,
             posix_acl: false,
             announce_submounts: false,

@@ -2,9 +2,10 @@
 //! From a request to its operation, and from the outcome to a reply.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::{PoisonError, RwLock};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, openat2};
 use rustix::io::Errno;
 
 use crate::arguments::Arguments;
@@ -13,7 +14,7 @@ use crate::call::{Answer, Call};
 use crate::error::ServerError;
 use crate::handle::Handles;
 use crate::inode::{Found, Inodes, Key};
-use crate::operations::stat;
+use crate::operations::{RESOLVE, stat};
 use crate::options::Options;
 use crate::proc::ProcSelfFd;
 use crate::protocol::flags::init;
@@ -31,9 +32,23 @@ pub struct Server {
     pub(crate) options: Options,
     pub(crate) proc: ProcSelfFd,
     pub(crate) inodes: Inodes,
+    /// The folder below which nothing is cached.
+    pub(crate) uncached: Option<Key>,
     pub(crate) handles: Handles,
     pub(crate) quota: Quota,
     session: RwLock<Option<Session>>,
+}
+
+/// What names the folder at `path` below `root`.
+fn key_below(root: &OwnedFd, path: &Path) -> Result<Key, ServerError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat2(root, path, flags, Mode::empty(), RESOLVE)
+        .and_then(|folder| stat(&folder))
+        .map(|stat| Key::new(&stat))
+        .map_err(|source| ServerError::Uncached {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 impl Server {
@@ -56,12 +71,22 @@ impl Server {
         if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory {
             return Err(ServerError::NotADirectory);
         }
+        let uncached = match &options.uncached {
+            Some(folder) => Some(key_below(&path, folder)?),
+            None => None,
+        };
         let quota = Quota::new(options.max_open_files.max(1));
-        let permit = quota.take().map_err(ServerError::Root)?;
+        let root = Found {
+            path,
+            stat,
+            cache: options.cache,
+            permit: quota.take().map_err(ServerError::Root)?,
+        };
         Ok(Self {
             options,
             proc,
-            inodes: Inodes::new(Found { path, stat, permit }),
+            inodes: Inodes::new(root),
+            uncached,
             handles: Handles::default(),
             quota,
             session: RwLock::default(),

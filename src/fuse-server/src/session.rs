@@ -46,6 +46,9 @@ impl Session {
                 }
             }
         }
+        if options.uncached.is_some() {
+            wanted |= init::DIRECT_IO_ALLOW_MMAP;
+        }
         if options.announce_submounts {
             wanted |= init::SUBMOUNTS;
         }

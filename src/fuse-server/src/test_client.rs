@@ -10,7 +10,7 @@
 )]
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
@@ -60,6 +60,9 @@ impl Client {
     /// A guest that has not said INIT yet.
     pub(crate) fn silent(options: Options) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        if let Some(folder) = &options.uncached {
+            fs::create_dir_all(directory.path().join(folder)).unwrap();
+        }
         let root = OwnedFd::from(File::open(directory.path()).unwrap());
         let server = Server::new(&root, ProcSelfFd::open().unwrap(), options).unwrap();
         let worker = server.worker().unwrap();

@@ -237,6 +237,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
                 CacheOption::Auto => FsCache::Auto,
                 CacheOption::Always => FsCache::Always,
             },
+            uncached: None,
         });
     }
     let vsock = match &options.vsock {

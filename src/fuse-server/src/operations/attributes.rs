@@ -75,6 +75,12 @@ fn distinct(number: u64, mount: u64) -> u64 {
     }
 }
 
+/// Seconds and nanoseconds for which an inode's name and attributes are valid.
+pub(super) fn validity(inode: &Inode) -> (u64, u32) {
+    let timeout = inode.cache.timeout();
+    (timeout.as_secs(), timeout.subsec_nanos())
+}
+
 impl Server {
     /// The number that the guest sees of an inode.
     pub(super) fn number(&self, session: Session, number: u64, mount: u64) -> u64 {
@@ -85,16 +91,10 @@ impl Server {
         }
     }
 
-    /// Seconds and nanoseconds for which names and attributes are valid.
-    pub(super) fn validity(&self) -> (u64, u32) {
-        let timeout = self.options.cache.timeout();
-        (timeout.as_secs(), timeout.subsec_nanos())
-    }
-
     fn answer_attributes(&self, call: &mut Call<'_>, inode: &Inode) -> Answer {
         let stat = stat(inode)?;
         let number = self.number(call.session, stat.stx_ino, inode.mount());
-        let (attr_valid, attr_valid_nsec) = self.validity();
+        let (attr_valid, attr_valid_nsec) = validity(inode);
         call.answer(&AttrOut {
             attr_valid,
             attr_valid_nsec,
@@ -120,7 +120,7 @@ impl Server {
             tv_nsec: time.tv_nsec,
             reserved: 0,
         };
-        let (attr_valid, attr_valid_nsec) = self.validity();
+        let (attr_valid, attr_valid_nsec) = validity(&inode);
         call.answer(&StatxOut {
             attr_valid,
             attr_valid_nsec,

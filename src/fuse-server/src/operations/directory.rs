@@ -37,7 +37,7 @@ impl Server {
         let file = self
             .proc
             .reopen(inode.as_fd(), OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let open_flags = match self.options.cache {
+        let open_flags = match inode.cache {
             Cache::Always => open_out::CACHE_DIR | open_out::KEEP_CACHE,
             Cache::Auto | Cache::Never => 0,
         };

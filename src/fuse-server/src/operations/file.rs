@@ -73,7 +73,7 @@ impl Server {
 
     /// What the guest may do with its cache for a file just opened.
     pub(super) fn open_reply_flags(&self, inode: &Inode, file: &OwnedFd, flags: OFlags) -> u32 {
-        let mut reply = match self.options.cache {
+        let mut reply = match inode.cache {
             Cache::Never => open_out::DIRECT_IO | open_out::PARALLEL_DIRECT_WRITES,
             Cache::Always => open_out::KEEP_CACHE,
             // As NFS does: what is cached stays if the file is as it was at the last open.

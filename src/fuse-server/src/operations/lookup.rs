@@ -8,18 +8,19 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Statx, openat2};
 use rustix::io::Errno;
 
-use super::attributes::{attr, stat};
+use super::attributes::{attr, stat, validity};
 use crate::call::{Answer, Call};
-use crate::inode::{Found, Inode};
+use crate::inode::{Found, Inode, Key};
 use crate::options::Cache;
 use crate::protocol::flags::{ATTR_SUBMOUNT, init};
 use crate::protocol::{BatchForgetIn, EntryOut, ForgetIn, ForgetOne};
+use crate::quota::Permit;
 use crate::server::Server;
 use crate::session::Session;
 
 /// How a name below a directory is resolved: never out of the directory, never through a link.
 /// Mount points are crossed.
-pub(super) const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
+pub(crate) const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_SYMLINKS);
 
@@ -39,8 +40,7 @@ impl Server {
             Mode::empty(),
             RESOLVE,
         )?;
-        let stat = stat(&path)?;
-        Ok(self.known(session, parent, Found { path, stat, permit }))
+        Ok(self.known(session, parent, self.found(parent, path, permit)?))
     }
 
     /// The same for a file that is open already.
@@ -51,8 +51,22 @@ impl Server {
         path: OwnedFd,
     ) -> Result<(EntryOut, Arc<Inode>), Errno> {
         let permit = self.quota.take()?;
+        Ok(self.known(session, parent, self.found(parent, path, permit)?))
+    }
+
+    fn found(&self, parent: &Inode, path: OwnedFd, permit: Permit) -> Result<Found, Errno> {
         let stat = stat(&path)?;
-        Ok(self.known(session, parent, Found { path, stat, permit }))
+        let uncached = parent.cache == Cache::Never || self.uncached == Some(Key::new(&stat));
+        Ok(Found {
+            path,
+            stat,
+            cache: if uncached {
+                Cache::Never
+            } else {
+                self.options.cache
+            },
+            permit,
+        })
     }
 
     fn known(&self, session: Session, parent: &Inode, found: Found) -> (EntryOut, Arc<Inode>) {
@@ -67,7 +81,7 @@ impl Server {
 
     fn described(&self, session: Session, inode: &Inode, stat: &Statx, flags: u32) -> EntryOut {
         let number = self.number(session, stat.stx_ino, inode.mount());
-        let (seconds, nanoseconds) = self.validity();
+        let (seconds, nanoseconds) = validity(inode);
         EntryOut {
             nodeid: inode.id,
             generation: 0,
@@ -85,8 +99,8 @@ impl Server {
         match self.entry(call.session, &parent, name) {
             Ok((entry, _)) => call.answer(&entry),
             // No node, but a validity: the guest may remember that there is nothing.
-            Err(Errno::NOENT) if self.options.cache == Cache::Always => {
-                let (entry_valid, entry_valid_nsec) = self.validity();
+            Err(Errno::NOENT) if parent.cache == Cache::Always => {
+                let (entry_valid, entry_valid_nsec) = validity(&parent);
                 call.answer(&EntryOut {
                     entry_valid,
                     entry_valid_nsec,

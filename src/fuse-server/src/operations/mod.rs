@@ -11,3 +11,4 @@ mod names;
 mod xattr;
 
 pub(crate) use attributes::stat;
+pub(crate) use lookup::RESOLVE;

@@ -507,3 +507,29 @@ fn a_guest_that_starts_over_holds_nothing() {
     );
     assert_eq!(guest.read(fh, 0, 1).unwrap_err(), Errno::BADF);
 }
+
+#[test]
+fn below_one_folder_nothing_is_cached() {
+    let mut guest = Client::new(Options {
+        cache: Cache::Always,
+        uncached: Some("a/live".into()),
+        ..Options::default()
+    });
+    fs::create_dir(guest.directory.path().join("a/live/sub")).unwrap();
+    fs::write(guest.directory.path().join("a/live/sub/f"), "1").unwrap();
+    fs::create_dir(guest.directory.path().join("a/other")).unwrap();
+    let a = guest.lookup(ROOT_ID, "a").unwrap();
+    let other = guest.lookup(a.nodeid, "other").unwrap();
+    assert_eq!((a.entry_valid, other.entry_valid), (86_400, 86_400));
+    let mut folder = guest.lookup(a.nodeid, "live").unwrap();
+    for name in ["sub", "f"] {
+        assert_eq!((folder.entry_valid, folder.attr_valid), (0, 0));
+        folder = guest.lookup(folder.nodeid, name).unwrap();
+    }
+    let reply = guest.call(Opcode::Open, folder.nodeid, &[0; 8]).unwrap();
+    let flags = take::<OpenOut>(&reply).open_flags;
+    assert_eq!(flags & open_out::KEEP_CACHE, 0);
+    assert!(flags & open_out::DIRECT_IO != 0);
+    let missing = guest.lookup(folder.nodeid, "none");
+    assert_eq!(missing.map(|entry| entry.nodeid), Err(Errno::NOTDIR));
+}

@@ -99,6 +99,8 @@ pub struct Filesystem {
     pub read_only: bool,
     /// How long the guest may trust what it has seen.
     pub cache: FsCache,
+    /// A folder, as a path from the directory, below which `FsCache::Never` holds.
+    pub uncached: Option<String>,
 }
 
 /// How a guest caches a shared file system.

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use fuse_server::{Cache, Options};
@@ -194,6 +195,7 @@ fn devices(
                     FsCache::Auto => Cache::Auto,
                     FsCache::Always => Cache::Always,
                 },
+                uncached: filesystem.uncached.as_ref().map(PathBuf::from),
                 writeback: true,
                 max_open_files: quota,
                 ..Options::default()
