@@ -117,6 +117,7 @@ impl Sandbox {
         if let Some(held) = held {
             self.storages.remove(held).await;
         }
+        self.storages.end().await;
         self.destroyed.notify_one();
         Ok(())
     }

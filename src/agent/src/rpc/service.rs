@@ -34,7 +34,6 @@ use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
 use crate::network;
 use crate::sandbox::Sandbox;
-use crate::storage;
 
 /// The service of one sandbox.
 #[derive(Debug)]
@@ -159,7 +158,9 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: UpdateEphemeralMountsRequest,
     ) -> ttrpc::Result<Empty> {
-        blocking(move || request.storages.iter().try_for_each(storage::remount)).await?;
+        for storage in request.storages {
+            self.sandbox.storages.update(storage).await?;
+        }
         Ok(Empty::new())
     }
 

@@ -3,20 +3,33 @@
 
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use protocols::agent::agent::Storage;
 use rustix::fs::{CWD, Mode, OFlags, fchmod, fchown, openat2};
 use rustix::fs::{Gid, ResolveFlags};
 use rustix::mount::{UnmountFlags, unmount};
+use tracing::warn;
 
+use super::huge::HugePages;
+use super::watched::{self, Refusal, Watched};
 use crate::error::{AgentError, Context as _, Kind, Result};
 use crate::mount::{self, MountOptions, Target};
 
 /// Drivers of this agent, as AgentDetails lists them.
-pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "bind", "overlayfs"];
+pub(crate) const DRIVERS: [&str; 6] = [
+    "virtio-fs",
+    "ephemeral",
+    "local",
+    "bind",
+    "overlayfs",
+    "watchable-bind",
+];
 
 /// Driver option of `overlayfs`: a folder to make before mounting.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
+/// Driver option of `watchable-bind`: the runtime tells when the folder changes.
+const TOLD: &str = "io.katacontainers.volume.watchable.told";
 /// Option of `overlayfs` that concerns the runtime only.
 const OVERLAY_READ_WRITE: &str = "io.katacontainers.fs-opt.overlay-rw";
 
@@ -27,6 +40,10 @@ pub(crate) enum Mounted {
     Mount(PathBuf),
     /// A folder, whose content belongs to its file system.
     Folder,
+    /// A copy of a folder is mounted there.
+    Copy(PathBuf, Arc<Watched>),
+    /// Huge pages are set aside for what is mounted there.
+    Huge(PathBuf, HugePages),
 }
 
 impl Mounted {
@@ -34,11 +51,16 @@ impl Mounted {
     ///
     /// The kernel's, with the path.
     pub(crate) fn unmount(self) -> Result<()> {
-        let Self::Mount(path) = self else {
-            return Ok(());
+        let away = |path: &Path| {
+            unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                .context(|| format!("unmount {path:?}"))
         };
-        unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            .context(|| format!("unmount {path:?}"))
+        match self {
+            Self::Mount(path) => away(&path),
+            Self::Folder => Ok(()),
+            Self::Copy(path, copy) => away(&path).and_then(|()| copy.remove()),
+            Self::Huge(path, pages) => away(&path).and_then(|()| pages.give_back()),
+        }
     }
 }
 
@@ -61,6 +83,7 @@ pub(crate) fn mount(storage: &Storage) -> Result<Mounted> {
         "local" => local(storage),
         "bind" => bind(storage),
         "overlayfs" => overlay(storage),
+        "watchable-bind" => watchable(storage),
         other => Err(AgentError::unsupported(format!(
             "storage driver {other:?} is not supported"
         ))),
@@ -99,22 +122,74 @@ fn ephemeral(storage: &Storage) -> Result<Mounted> {
         "" => "tmpfs",
         kind => kind,
     };
-    let options = MountOptions::parse(&options)?;
+    let pages = match kind {
+        "hugetlbfs" => Some(HugePages::reserve(&options)?),
+        _ => None,
+    };
+    let mounted = memory_filesystem(storage, kind, group, &options);
+    match (mounted, pages) {
+        (Ok(()), None) => Ok(Mounted::Mount(PathBuf::from(&storage.mount_point))),
+        (Ok(()), Some(pages)) => Ok(Mounted::Huge(PathBuf::from(&storage.mount_point), pages)),
+        (Err(error), pages) => {
+            if let Some(pages) = pages {
+                pages.give_back()?;
+            }
+            Err(error)
+        }
+    }
+}
+
+fn memory_filesystem(
+    storage: &Storage,
+    kind: &str,
+    group: Option<Gid>,
+    options: &[String],
+) -> Result<()> {
+    let options = MountOptions::parse(options)?;
     let mounted = mount::filesystem(kind, "", &options)?;
     if let Some(group) = group {
         give_to(&mounted, group, 0o2775)?;
     }
     let target = target(storage, Target::Directory)?;
-    mount::attach(&mounted, target.as_fd(), &options)?;
-    Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
+    mount::attach(&mounted, target.as_fd(), &options)
 }
 
-/// UpdateEphemeralMounts: gives an ephemeral storage that is mounted other options, such as a size.
+/// A copy of a folder, kept equal to it; of what is no small folder, the thing itself.
+fn watchable(storage: &Storage) -> Result<Mounted> {
+    refuse_group(storage)?;
+    let source = Path::new(&storage.source);
+    if !source.is_dir() {
+        return bind(storage);
+    }
+    let copy = match Watched::new(source) {
+        Ok(copy) => Arc::new(copy),
+        Err(Refusal::TooLarge) => {
+            warn!(source = %source.display(), "too large for a copy: changes are seen, not told");
+            return bind(storage);
+        }
+        Err(Refusal::Failed(error)) => return Err(error),
+    };
+    let options = MountOptions::parse(&storage.options)?;
+    let attached = mount::bind(&copy.content(), &options).and_then(|mounted| {
+        let target = target(storage, Target::Directory)?;
+        mount::attach(&mounted, target.as_fd(), &options)
+    });
+    if let Err(error) = attached {
+        copy.remove()?;
+        return Err(error);
+    }
+    if !storage.driver_options.iter().any(|option| option == TOLD) {
+        watched::look_again(&copy);
+    }
+    Ok(Mounted::Copy(PathBuf::from(&storage.mount_point), copy))
+}
+
+/// Gives an ephemeral storage that is mounted other options, such as a size.
 ///
 /// # Errors
 ///
 /// Another driver, a place that is no mount point, or the kernel's reason.
-pub(crate) fn remount(storage: &Storage) -> Result<()> {
+pub(super) fn remount(storage: &Storage) -> Result<()> {
     let named = |error: AgentError| {
         let line = format!("remount {:?}: {}", storage.mount_point, error.line());
         AgentError::new(error.kind(), line)

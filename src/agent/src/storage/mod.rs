@@ -4,6 +4,8 @@
 //! A mount point that several containers name is mounted once and counted.
 
 mod driver;
+mod huge;
+mod watched;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,9 +15,10 @@ use protocols::agent::agent::Storage;
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
-pub(crate) use driver::{DRIVERS, remount};
+pub(crate) use driver::DRIVERS;
+use driver::Mounted;
 
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, Kind, Result};
 
 /// All storages of the sandbox.
 #[derive(Debug, Default)]
@@ -29,7 +32,9 @@ type Point = tokio::sync::Mutex<Users>;
 #[derive(Debug, Default)]
 struct Users {
     count: usize,
-    storage: Option<driver::Mounted>,
+    /// Counted once more, for the sandbox: what is there stays for containers to come.
+    kept: bool,
+    storage: Option<Mounted>,
 }
 
 /// Storages that one container uses, in the order of their mounting.
@@ -60,12 +65,60 @@ impl Storages {
     async fn add_one(&self, path: PathBuf, storage: Storage) -> Result<()> {
         let point = self.point(&path);
         let mut users = point.lock().await;
+        let shared = storage.shared;
         if users.storage.is_none() {
             let mounted = blocking(move || driver::mount(&storage)).await?;
             users.storage = Some(mounted);
         }
         users.count = users.count.saturating_add(1);
+        if shared && !users.kept {
+            users.kept = true;
+            users.count = users.count.saturating_add(1);
+        }
         Ok(())
+    }
+
+    /// UpdateEphemeralMounts: an ephemeral storage gets other options, such as a size; a copy of a
+    /// folder is made equal to it.
+    ///
+    /// # Errors
+    ///
+    /// Another driver, a place where nothing of the kind is mounted, or the kernel's reason.
+    pub(crate) async fn update(&self, storage: Storage) -> Result<()> {
+        if storage.driver != "watchable-bind" {
+            return blocking(move || driver::remount(&storage)).await;
+        }
+        let path = PathBuf::from(&storage.mount_point);
+        let point = self.point(&path);
+        let users = point.lock().await;
+        let copy = match &users.storage {
+            Some(Mounted::Copy(_, copy)) => Some(Arc::clone(copy)),
+            Some(_) => None,
+            None => {
+                drop(users);
+                self.forget(&path, &point);
+                let line = format!("nothing is mounted on {:?}", storage.mount_point);
+                return Err(AgentError::new(Kind::NotFound, line));
+            }
+        };
+        drop(users);
+        match copy {
+            Some(copy) => blocking(move || copy.refresh()).await,
+            // The folder itself: there is nothing to do.
+            None => Ok(()),
+        }
+    }
+
+    /// Unmounts what outlives the containers that use it; what is mounted below something comes
+    /// before it.
+    pub(crate) async fn end(&self) {
+        let mut kept: Vec<PathBuf> = Vec::new();
+        {
+            let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.extend(points.keys().cloned());
+        }
+        kept.sort();
+        self.remove(Held(kept)).await;
     }
 
     /// Gives storages back, the last mounted first. Failures are logged: there is nobody who
