@@ -11,8 +11,8 @@ use protocols::agent::agent::{
     DestroySandboxRequest, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
     ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, Routes,
     SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WriteStreamRequest,
+    Storage, TtyWinResizeRequest, UpdateContainerRequest, UpdateEphemeralMountsRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use protocols::agent::agent_ttrpc::AgentServiceClient;
 use protocols::agent::oci::LinuxResources;
@@ -174,6 +174,19 @@ impl Agent {
         let result = self.client.start_container(self.bounded(), &request).await;
         let answer = self.answer("start the container", result).await;
         answer.map(drop).map_err(begin_failed)
+    }
+
+    /// Has a storage that is mounted follow a change on the host.
+    pub(crate) async fn update_storage(&self, storage: Storage) -> Result<()> {
+        let request = UpdateEphemeralMountsRequest {
+            storages: vec![storage],
+            ..Default::default()
+        };
+        let client = &self.client;
+        let result = client.update_ephemeral_mounts(self.bounded(), &request);
+        self.answer("update the volume", result.await)
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn remove_container(&self, container: &str) -> Result<()> {

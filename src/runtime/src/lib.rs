@@ -28,6 +28,7 @@ mod serve;
 mod service;
 mod spec;
 mod start;
+mod volume;
 
 use std::env;
 use std::io::{self, Write};

@@ -28,7 +28,7 @@ pub(crate) struct Options {
 }
 
 /// How much of a tree a bind mount takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Tree {
     Single,
     Recursive,
@@ -105,6 +105,7 @@ pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
                     &target,
                     tree,
                     read_only.then_some(Tree::Single),
+                    false,
                 )?;
             }
             None => mount_filesystem(description, options, &target)?,
@@ -113,13 +114,14 @@ pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Binds `source` to `target`. The mount is made read-only, alone or with all below it, before it
-/// can be seen at the target.
+/// Binds `source` to `target`. The mount is made read-only, alone or with all below it, and private, so
+/// that it doesn't follow what is mounted in `source` later, before it can be seen at the target.
 pub(crate) fn bind(
     source: &Path,
     target: &Path,
     tree: Tree,
     read_only: Option<Tree>,
+    private: bool,
 ) -> Result<()> {
     let context = || format!("bind {} to {}", source.display(), target.display());
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -130,6 +132,9 @@ pub(crate) fn bind(
     if let Some(depth) = read_only {
         raw::set_mount_attributes(&mount, raw::READ_ONLY, depth == Tree::Recursive)
             .internal(context)?;
+    }
+    if private {
+        raw::make_mount_private(&mount).internal(context)?;
     }
     rustix::mount::move_mount(
         &mount,

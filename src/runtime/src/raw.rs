@@ -31,6 +31,7 @@ pub(crate) const READ_ONLY: u64 = 1;
 
 /// The kernel's `struct mount_attr` in its first version.
 #[repr(C)]
+#[derive(Default)]
 struct MountAttributes {
     set: u64,
     clear: u64,
@@ -38,15 +39,26 @@ struct MountAttributes {
     user_namespace: u64,
 }
 
-/// `mount_setattr(2)` on an open mount: sets attributes (`MOUNT_ATTR_*`) there and, if asked, on
-/// every mount below it.
+/// Sets attributes (`MOUNT_ATTR_*`) of an open mount and, if asked, of every mount below it.
 pub(crate) fn set_mount_attributes(mount: impl AsFd, set: u64, recursive: bool) -> io::Result<()> {
     let attributes = MountAttributes {
         set,
-        clear: 0,
-        propagation: 0,
-        user_namespace: 0,
+        ..MountAttributes::default()
     };
+    change_mount(mount, &attributes, recursive)
+}
+
+/// Cuts an open mount, with all below it, off from what happens to other mounts.
+pub(crate) fn make_mount_private(mount: impl AsFd) -> io::Result<()> {
+    let attributes = MountAttributes {
+        propagation: libc::MS_PRIVATE,
+        ..MountAttributes::default()
+    };
+    change_mount(mount, &attributes, true)
+}
+
+/// `mount_setattr(2)`.
+fn change_mount(mount: impl AsFd, attributes: &MountAttributes, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a terminated string, and the kernel only reads as many bytes of the
     // structure as the last argument says.
@@ -56,8 +68,8 @@ pub(crate) fn set_mount_attributes(mount: impl AsFd, set: u64, recursive: bool) 
             mount.as_fd().as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
-            size_of_val(&attributes),
+            std::ptr::from_ref(attributes),
+            size_of_val(attributes),
         )
     };
     if result < 0 {

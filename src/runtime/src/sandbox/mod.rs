@@ -4,6 +4,7 @@
 //! It is made with its first container: one that has it to itself, or the one that stands for a
 //! pod, and lives as long as that. Every object that it makes on the host is in the journal first.
 
+mod binds;
 mod cgroup;
 mod cmdline;
 mod cpus;
@@ -51,6 +52,7 @@ use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Namespace, Network, Place};
 use crate::paths;
 use crate::process::ProcessId;
+use crate::volume::Watcher;
 
 /// The agent's vsock port.
 const AGENT_PORT: u32 = 1024;
@@ -74,6 +76,8 @@ pub(crate) struct Sandbox {
     config: Config,
     plan: Plan,
     cpus: Cpus,
+    /// Folders that the host changes.
+    watcher: Watcher,
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
     network: Option<Arc<Mutex<Network>>>,
@@ -238,6 +242,7 @@ impl Booting {
                     config: self.config,
                     plan: self.plan,
                     cpus: self.cpus,
+                    watcher: Watcher::default(),
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
                     namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
@@ -303,6 +308,7 @@ impl Sandbox {
             config: Config::built_in(),
             plan: Plan::for_test(),
             cpus: Cpus::new().unwrap(),
+            watcher: Watcher::default(),
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,
@@ -341,6 +347,11 @@ impl Sandbox {
         if let Err(error) = self.cpus.release(self.pid(), container) {
             warn!(container, %error, "CPUs not released");
         }
+    }
+
+    /// Folders of the host that the guest has copies of.
+    pub(crate) fn watcher(&self) -> &Watcher {
+        &self.watcher
     }
 
     /// The machine's process.

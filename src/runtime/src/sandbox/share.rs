@@ -4,9 +4,10 @@
 //! The tree is a small tmpfs in the shim's own mount namespace, over an empty folder of the host:
 //!
 //! ```text
-//! <share>/rw/passthrough/<container>/rootfs       the container's root file system
-//! <share>/rw/passthrough/<container>/volumes/<n>  what it binds from the host
-//! <share>/ro                                      the same, which the guest gets
+//! <share>/rw/passthrough/<container>/rootfs  the container's root file system
+//! <share>/rw/volumes/<n>                     what containers bind from the host
+//! <share>/rw/watchable/<n>                   the same, where nothing is cached
+//! <share>/ro                                 the same, which the guest gets
 //! ```
 //!
 //! The guest gets a read-only view of the tmpfs, into which the mounts made in `rw` propagate as
@@ -14,7 +15,7 @@
 //! the host's memory, and it can't put a link where the shim mounts next. Nothing has to be
 //! removed after a crash but the one empty folder.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,7 @@ use protocols::containerd::mount::Mount;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
+use super::binds::{self, Binds};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::mount::{self, Tree};
 use crate::spec::Bind;
@@ -42,6 +44,7 @@ const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
 #[derive(Debug)]
 pub(crate) struct Share {
     root: PathBuf,
+    binds: Binds,
     /// What comes late, after the end of the sandbox, must not mount anything any more.
     closed: RwLock<bool>,
 }
@@ -64,6 +67,7 @@ impl Share {
         let context = || format!("make the shared tree at {}", root.display());
         let share = Self {
             root: root.to_owned(),
+            binds: Binds::default(),
             closed: RwLock::new(false),
         };
         rustix::mount::mount(
@@ -83,10 +87,11 @@ impl Share {
         rustix::mount::mount_change(root, private).internal(context)?;
         let (writable, guest) = (share.writable(), share.guest());
         make_folder(&writable.join("passthrough"))?;
+        Binds::prepare(&writable)?;
         make_folder(&guest)?;
-        mount::bind(&writable, &writable, Tree::Single, None)?;
+        mount::bind(&writable, &writable, Tree::Single, None, false)?;
         rustix::mount::mount_change(&writable, MountPropagationFlags::SHARED).internal(context)?;
-        mount::bind(&writable, &guest, Tree::Single, Some(Tree::Single))?;
+        mount::bind(&writable, &guest, Tree::Single, Some(Tree::Single), false)?;
         // Takes what happens in `rw`, gives nothing back.
         let downstream = MountPropagationFlags::DOWNSTREAM;
         rustix::mount::mount_change(&guest, downstream).internal(context)?;
@@ -98,6 +103,7 @@ impl Share {
     pub(crate) fn for_test() -> Self {
         Self {
             root: PathBuf::from("/nonexistent"),
+            binds: Binds::default(),
             closed: RwLock::new(false),
         }
     }
@@ -134,7 +140,7 @@ impl Share {
         let target = self.container(container).join("rootfs");
         make_folder(&target)?;
         if mounts.is_empty() {
-            mount::bind(folder, &target, Tree::Recursive, None)
+            mount::bind(folder, &target, Tree::Recursive, None, false)
         } else {
             mount::mount_all(mounts, &target)
         }
@@ -146,68 +152,24 @@ impl Share {
     }
 
     /// Where the guest finds what a container binds.
-    pub(crate) fn volume_in_guest(container: &str, bind: &Bind) -> String {
-        format!(
-            "{GUEST_ROOT}/passthrough/{container}/volumes/{}",
-            bind.mount
-        )
+    pub(crate) fn volume_in_guest(bind: &Bind) -> String {
+        format!("{GUEST_ROOT}/{}", binds::place(bind))
     }
 
     /// Shares a file or folder of the host with a container.
     pub(crate) fn add_volume(&self, container: &str, bind: &Bind) -> Result<()> {
         let _open = self.hold()?;
-        let source = &bind.source;
-        let metadata = fs::metadata(source).context(Kind::InvalidArgument, || {
-            format!("mount {}", source.display())
-        })?;
-        let volumes = self.container(container).join("volumes");
-        make_folder(&volumes)?;
-        let target = volumes.join(bind.mount.to_string());
-        if metadata.is_dir() {
-            make_folder(&target)?;
-        } else if metadata.is_file() {
-            File::create_new(&target).internal(|| format!("create {}", target.display()))?;
-        } else {
-            return Err(ShimError::new(
-                Kind::InvalidArgument,
-                format!(
-                    "mount {}: only files and folders can be shared with the guest",
-                    source.display()
-                ),
-            ));
-        }
-        mount::bind(source, &target, bind.tree, bind.read_only)
+        self.binds.add(&self.writable(), container, bind)
     }
 
     /// Takes all of a container's mounts away, in the guest's view as well.
     pub(crate) fn remove(&self, container: &str) -> Result<()> {
         let folder = self.container(container);
-        let context = || format!("unmount {}", folder.display());
-        let mut targets = vec![folder.join("rootfs")];
-        if let Ok(volumes) = fs::read_dir(folder.join("volumes")) {
-            targets.extend(volumes.flatten().map(|entry| entry.path()));
-        }
-        for target in &targets {
-            match mount::unmount(target) {
-                Ok(()) => {}
-                // Never mounted: the create failed before.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
-                }
-                Err(error) => return Err(error).internal(context),
-            }
-            // Not recursive: below a mount that stayed there is somebody's data.
-            let removed = fs::remove_dir(target).or_else(|_| fs::remove_file(target));
-            if let Err(error) = removed
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
-                return Err(error).internal(context);
-            }
-        }
-        for folder in [folder.join("volumes"), folder.clone()] {
-            // Absent where the container had no volumes.
-            let _ = fs::remove_dir(folder);
-        }
-        Ok(())
+        let rootfs = folder.join("rootfs");
+        binds::unmount(&rootfs).internal(|| format!("unmount {}", rootfs.display()))?;
+        // Absent where the create failed before.
+        let _ = fs::remove_dir(folder);
+        self.binds.remove(&self.writable(), container)
     }
 
     /// Takes the tree away, with all that is still mounted in it.
@@ -230,7 +192,7 @@ impl Share {
     }
 }
 
-fn make_folder(path: &Path) -> Result<()> {
+pub(super) fn make_folder(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)

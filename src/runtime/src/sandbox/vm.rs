@@ -19,6 +19,7 @@ use vmm::control::{
     PROTOCOL_VERSION, Request, VmConfig, Vsock,
 };
 
+use super::binds::UNCACHED;
 use super::cgroup::Cgroup;
 use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
@@ -195,6 +196,7 @@ impl Vm {
                 directory: files.add(machine.share.as_fd()),
                 read_only: false,
                 cache: machine.cache,
+                uncached: Some(UNCACHED.to_owned()),
             }],
             vsock: Some(Vsock {
                 cid: GUEST_CID,

@@ -8,6 +8,7 @@
 //! container that joins its pod's processes from one that joins another container's, which a
 //! specification names by these numbers.
 
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use crate::error::{Context, Kind, Result, ShimError};
 use crate::hooks::Hooks;
 use crate::sandbox::{Booting, GUEST_SHM, Plan, Sandbox, Share};
 use crate::spec::{self, Amended, Bind, Spec};
+use crate::volume::Volumes;
 use crate::{logging, paths};
 
 /// Creates a container; the number of the process that stands for it.
@@ -127,26 +129,28 @@ async fn container(
     hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
     let rootfs = Rootfs::new(request, bundle, &spec);
-    let (sandbox, amended) = if let Membership::Member(id) = membership {
+    let (sandbox, amended, volumes) = if let Membership::Member(id) = membership {
         let sandbox = shim.sandbox(id)?;
         sandbox.config().check_member(&spec.annotations)?;
-        let amended = amend(&mut spec, &request.id, sandbox.config(), Some(&sandbox))?;
-        let (share, binds) = (sandbox.share(), amended.binds.clone());
+        let mut amended = amend(&mut spec, &request.id, sandbox.config(), Some(&sandbox))?;
+        let volumes = volumes(&request.id, &mut amended, &spec).await?;
+        let (share, binds) = (sandbox.share(), volumes.shared.clone());
         blocking(move || rootfs.mount(&share, &binds)).await?;
-        (sandbox, amended)
+        (sandbox, amended, volumes)
     } else {
         let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
         let plan = Plan::single(&spec, &config)?;
-        let amended = amend(&mut spec, &request.id, &config, None)?;
-        let binds = amended.binds.clone();
+        let mut amended = amend(&mut spec, &request.id, &config, None)?;
+        let volumes = volumes(&request.id, &mut amended, &spec).await?;
+        let binds = volumes.shared.clone();
         let mount = move |share: &Share| rootfs.mount(share, &binds);
         let sandbox = boot(shim, membership.id(), config, plan, mount).await?;
-        (sandbox, amended)
+        (sandbox, amended, volumes)
     };
     let created = async {
         sandbox.assign_cpus(&request.id, &amended.cpus)?;
         hooks.create(sandbox.pid()).await?;
-        create_in_guest(&sandbox, request, spec, &amended).await
+        create_in_guest(&sandbox, request, spec, &amended, &volumes).await
     };
     let created = created.await;
     if let Err(error) = created {
@@ -200,6 +204,15 @@ impl Rootfs {
     }
 }
 
+/// What stands behind a container's bind mounts: the host is looked at.
+async fn volumes(container: &str, amended: &mut Amended, spec: &Spec) -> Result<Volumes> {
+    let container = container.to_owned();
+    let binds = mem::take(&mut amended.binds);
+    let resources = spec.linux.resources.as_ref();
+    let huge_pages = resources.map_or_else(Vec::new, |it| it.hugepage_limits.clone());
+    blocking(move || Volumes::sort(&container, binds, &huge_pages)).await
+}
+
 /// Makes the sandbox while its first container's files are mounted.
 pub(super) async fn boot(
     shim: &Arc<Shim>,
@@ -232,18 +245,23 @@ async fn create_in_guest(
     request: &CreateTaskRequest,
     mut spec: Spec,
     amended: &Amended,
+    volumes: &Volumes,
 ) -> Result<()> {
-    for bind in &amended.binds {
-        if let Some(mount) = spec.mounts.get_mut(bind.mount) {
-            mount.source = Share::volume_in_guest(&request.id, bind);
+    for (mount, source) in &volumes.sources {
+        if let Some(mount) = spec.mounts.get_mut(*mount) {
+            source.clone_into(&mut mount.source);
         }
     }
+    // From before the guest first looks.
+    let watcher = sandbox.watcher();
+    let told = watcher.add(&request.id, &volumes.watched, sandbox.agent());
     if let Some(process) = &mut spec.process {
         process.terminal = request.terminal;
     }
     let request = CreateContainerRequest {
         container_id: request.id.clone(),
         OCI: MessageField::some(spec.into()),
+        storages: volumes.for_agent(told),
         sandbox_pidns: amended.shares_pids,
         ..Default::default()
     };
@@ -266,6 +284,7 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
         );
     }
     sandbox.release_cpus(id);
+    sandbox.watcher().remove(id);
     let (share, container) = (sandbox.share(), id.to_owned());
     if let Err(error) = blocking(move || share.remove(&container)).await {
         warn!(container = id, error = error.chain(), "not all unmounted");

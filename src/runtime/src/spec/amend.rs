@@ -34,14 +34,20 @@ const COMMON_DEVICES: [(i64, i64); 10] = [
 ];
 
 /// A bind mount of something on the host, to be shared with the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Bind {
     /// Position among the specification's mounts.
     pub(crate) mount: usize,
     pub(crate) source: PathBuf,
+    /// Device and inode of what is there, once it has been looked at.
+    pub(crate) file: Option<(u64, u64)>,
     pub(crate) tree: Tree,
     /// Which mounts of the tree are read-only.
     pub(crate) read_only: Option<Tree>,
+    /// What the host mounts in it later stays out.
+    pub(crate) private: bool,
+    /// Whether the guest may trust for a moment what it has seen of it.
+    pub(crate) cached: bool,
 }
 
 /// Where a container lives in its guest.
@@ -348,9 +354,19 @@ fn bind(index: usize, mount: &Mount) -> Result<Option<Bind>> {
             &format!("{} belongs to the host's kernel", mount.source),
         ));
     }
+    if has("shared") || has("rshared") {
+        return Err(refused(
+            &name(),
+            "what is mounted in the guest can't be mounted on the host: propagation must be private \
+             or slave",
+        ));
+    }
     Ok(Some(Bind {
+        private: has("private") || has("rprivate"),
+        cached: true,
         mount: index,
         source,
+        file: None,
         tree: if has("rbind") {
             Tree::Recursive
         } else {

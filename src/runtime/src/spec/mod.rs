@@ -11,7 +11,7 @@ use protocols::agent::oci;
 use serde::de::DeserializeOwned;
 
 pub(crate) use amend::{Amended, Bind, Place, Pod, amend, amend_process};
-pub(crate) use model::{Hook, Mount, Process, Resources, Spec};
+pub(crate) use model::{Hook, HugepageLimit, Mount, Process, Resources, Spec};
 
 use crate::error::{Context, Kind, Result, ShimError};
 

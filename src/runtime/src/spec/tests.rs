@@ -104,8 +104,11 @@ fn what_ctr_writes_arrives_whole() {
         [Bind {
             mount: 1,
             source: Path::new("/srv/data").to_owned(),
+            file: None,
             tree: Tree::Recursive,
             read_only: Some(Tree::Single),
+            private: false,
+            cached: true,
         }]
     );
 }

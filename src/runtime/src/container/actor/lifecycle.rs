@@ -298,6 +298,7 @@ impl Actor {
             }
             hooks.poststop().await;
             sandbox.release_cpus(&id);
+            sandbox.watcher().remove(&id);
             let share = sandbox.share();
             let result = match spawn_blocking(move || share.remove(&id)).await {
                 Ok(result) => result,
