@@ -75,16 +75,18 @@ impl Dialect {
     /// The plugin itself: its images, its networks, and where it serves streams.
     fn base(self, networks: &Networks) -> String {
         let streams = "stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n";
+        let huge = "disable_hugetlb_controller = false\n";
         let (plugins, network) = (networks.plugins(), networks.configuration(Network::Bridge));
         match self {
             Self::One => format!(
-                "[{cri}]\nsandbox_image = {PAUSE:?}\n{streams}\
+                "[{cri}]\nsandbox_image = {PAUSE:?}\n{huge}{streams}\
                  [{cri}.cni]\nbin_dir = {plugins:?}\nconf_dir = {network:?}\n",
                 cri = self.plugin(),
             ),
             Self::Two => format!(
                 "[plugins.\"io.containerd.grpc.v1.cri\"]\n{streams}\
                  [plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {PAUSE:?}\n\
+                 [{cri}]\n{huge}\
                  [{cri}.cni]\nbin_dirs = [{plugins:?}]\nconf_dir = {network:?}\n",
                 cri = self.plugin(),
             ),

@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::cri::messages::{ContainerConfig, Mount};
@@ -34,6 +35,55 @@ impl Volumes {
             .join(name);
         fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
         Ok(path)
+    }
+
+    /// Where a kubelet binds a part of a volume (`subPath`) for a container's mount.
+    pub fn subpath(&self, volume: &str, container: &str, mount: usize) -> Result<PathBuf> {
+        let folder = self.folder.path().join("pods/uid/volume-subpaths");
+        let path = folder.join(volume).join(container).join(mount.to_string());
+        fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+}
+
+/// A mount of the host's, for as long as a test uses it.
+#[derive(Debug)]
+pub struct Mounted(PathBuf);
+
+impl Mounted {
+    /// A new file system.
+    pub fn new(kind: &str, options: &str, at: &Path) -> Result<Self> {
+        Self::mount(
+            Command::new("mount").args(["-t", kind, "-o", options, kind]),
+            at,
+        )
+    }
+
+    /// A folder in another place as well.
+    pub fn bind(from: &Path, at: &Path) -> Result<Self> {
+        Self::mount(Command::new("mount").arg("--bind").arg(from), at)
+    }
+
+    /// A folder as a mount of its own, whose copies follow what is mounted in it.
+    pub fn shared(at: &Path) -> Result<Self> {
+        let mounted = Self::bind(at, at)?;
+        let mut change = Command::new("mount");
+        let status = change.arg("--make-shared").arg(at).status()?;
+        ensure!(status.success(), "{change:?}");
+        Ok(mounted)
+    }
+
+    fn mount(command: &mut Command, at: &Path) -> Result<Self> {
+        let status = command.arg(at).status()?;
+        ensure!(status.success(), "{command:?}");
+        Ok(Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Whoever still uses it keeps it until then.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 

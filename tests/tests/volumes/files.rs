@@ -4,20 +4,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use anyhow::{Result, ensure};
-use tests::cri::LIMIT;
-use tests::pod::{Container, Pod, Spec};
-use tests::scenario::{Outcome, pod_scenario};
-use tests::volume::{Access, Volumes, privileged, with_mount};
+use anyhow::ensure;
+use tests::cri::messages::MountPropagation;
+use tests::pod::{Pod, Spec};
+use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
+use tests::volume::{Access, Mounted, Volumes, privileged, with_mount};
 
-/// Runs until it is told to end.
-const WAITS: &str = "trap 'exit 0' TERM; echo up; sleep 1000 & wait";
-
-fn started(pod: &Pod, config: &tests::cri::messages::ContainerConfig) -> Result<Container> {
-    let container = pod.start(config)?;
-    container.wait_for_log("up\n", LIMIT)?;
-    Ok(container)
-}
+use super::{WAITS, started};
 
 #[test]
 fn a_folder_is_the_same_for_containers_and_the_host() -> Outcome {
@@ -94,6 +87,62 @@ fn read_only_is_kept_from_root_with_every_capability() -> Outcome {
         }
         ensure!(fs::read_to_string(folder.join("file"))? == "as it was\n");
         ensure!(fs::read_dir(&folder)?.count() == 2);
+        pod.remove()
+    })
+}
+
+#[test]
+fn mounts_of_the_host_come_in_where_they_are_asked_for() -> Outcome {
+    pod_scenario(|node| {
+        let volumes = Volumes::new()?;
+        let folder = volumes.volume("empty-dir", "tree")?;
+        for name in ["before", "after"] {
+            fs::create_dir(folder.join(name))?;
+        }
+        // A mount that tells others of what is mounted in it, as a node's own root does.
+        let _tree = Mounted::shared(&folder)?;
+        let _before = Mounted::new("tmpfs", "size=1m", &folder.join("before"))?;
+        fs::write(folder.join("before/file"), "there before\n")?;
+        let pod = Pod::run(node, "propagation")?;
+        let config = |name: &str, propagation: MountPropagation| {
+            let config = pod.container(name, WAITS);
+            let mut config = with_mount(config, &folder, "/tree", Access::Write);
+            if let Some(mount) = config.mounts.first_mut() {
+                mount.propagation = propagation.into();
+            }
+            config
+        };
+        let apart = config("apart", MountPropagation::PROPAGATION_PRIVATE);
+        let following = config("following", MountPropagation::PROPAGATION_HOST_TO_CONTAINER);
+        let (apart, following) = (started(&pod, &apart)?, started(&pod, &following)?);
+        let _after = Mounted::new("tmpfs", "size=1m", &folder.join("after"))?;
+        fs::write(folder.join("after/file"), "there after\n")?;
+        let script = "cat /tree/before/file; cat /tree/after/file 2>/dev/null; true";
+        ensure!(apart.shell(script)? == "there before");
+        ensure!(following.shell(script)? == "there before\nthere after");
+        pod.remove()
+    })
+}
+
+#[test]
+fn mounts_of_a_guest_do_not_go_out() -> Outcome {
+    pod_vm_scenario("mounts_of_a_guest_do_not_go_out", |node| {
+        let volumes = Volumes::new()?;
+        let folder = volumes.volume("empty-dir", "tree")?;
+        let _tree = Mounted::shared(&folder)?;
+        let pod = Spec::new("bidirectional").privileged().run(node)?;
+        let config = pod.container("main", WAITS);
+        let mut config = privileged(with_mount(config, &folder, "/tree", Access::Write));
+        if let Some(mount) = config.mounts.first_mut() {
+            mount.propagation = MountPropagation::PROPAGATION_BIDIRECTIONAL.into();
+        }
+        let error = pod.create(&config).and_then(|container| container.start());
+        let error = error.err().ok_or_else(|| anyhow::anyhow!("it was taken"))?;
+        let words = format!("{error:#}");
+        ensure!(
+            words.contains("mounts: /tree: ") && words.contains("propagation"),
+            "{words}"
+        );
         pod.remove()
     })
 }

@@ -9,4 +9,42 @@
     reason = "this whole program is tests"
 )]
 
+mod configuration;
 mod files;
+mod memory;
+
+use std::path::Path;
+
+use anyhow::Result;
+use tests::cri::LIMIT;
+use tests::cri::messages::ContainerConfig;
+use tests::pod::{Container, Pod};
+use tests::volume::{Access, with_mount};
+
+/// Runs until it is told to end.
+const WAITS: &str = "trap 'exit 0' TERM; echo up; sleep 1000 & wait";
+
+/// Where a container finds our own program.
+const PROGRAM: &str = "/in-container";
+
+/// A container that runs our own program: static, for an image has no libraries for it.
+fn in_container(pod: &Pod, name: &str, arguments: &[&str]) -> ContainerConfig {
+    let argv: Vec<_> = [PROGRAM]
+        .into_iter()
+        .chain(arguments.iter().copied())
+        .collect();
+    let program = Path::new(env!("CARGO_BIN_EXE_in-container"));
+    with_mount(
+        pod.container_of(name, &argv),
+        program,
+        PROGRAM,
+        Access::Read,
+    )
+}
+
+/// Starts a container, and waits until it says that it is up.
+fn started(pod: &Pod, config: &ContainerConfig) -> Result<Container> {
+    let container = pod.start(config)?;
+    container.wait_for_log("up\n", LIMIT)?;
+    Ok(container)
+}

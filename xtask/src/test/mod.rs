@@ -34,7 +34,7 @@ enum Place {
     Here(fn() -> Result<()>),
     /// Test binary of the package `tests`, in the dev VM with containerd.
     DevVm,
-    /// The same as a static binary, which can be a guest's init as well.
+    /// The same as a static binary, which can be a guest's init as well, with static programs beside it.
     DevVmStatic,
     /// Component tests of the agent, in the dev VM.
     Agent,
@@ -165,7 +165,7 @@ const SUITES: &[Suite] = &[
         name: "volumes",
         about: "what pods store on, and how they grow and shrink",
         quick: false,
-        place: Place::DevVm,
+        place: Place::DevVmStatic,
         skip: &[],
     },
     Suite {
