@@ -23,8 +23,9 @@ pub(crate) struct Session {
 impl Session {
     /// Chooses among what the guest offers.
     pub(crate) fn negotiate(offered: u64, options: &Options) -> Self {
+        // Without ATOMIC_O_TRUNC: Linux would have a file truncated here before it finds that the
+        // file is being executed and must not be (ETXTBSY).
         let mut wanted = init::ASYNC_READ
-            | init::ATOMIC_O_TRUNC
             | init::BIG_WRITES
             | init::DONT_MASK
             | init::DO_READDIRPLUS
@@ -113,6 +114,7 @@ mod tests {
         assert!(all.has(init::AUTO_INVAL_DATA | init::CREATE_SUPP_GROUP));
         assert!(!all.has(init::WRITEBACK_CACHE), "needs cache=always");
         assert!(!all.has(init::POSIX_ACL));
+        assert!(!all.has(init::ATOMIC_O_TRUNC), "a running program's file");
         let little = Session::negotiate(init::ASYNC_READ, &options);
         assert!(little.has(init::ASYNC_READ));
         assert!(!little.has(init::SUBMOUNTS));
