@@ -59,6 +59,14 @@ impl Mounted {
         )
     }
 
+    /// A file system in a file, where no device node opens: a guest may make some there.
+    pub fn image(image: &Path, at: &Path) -> Result<Self> {
+        Self::mount(
+            Command::new("mount").args(["-o", "loop,nodev"]).arg(image),
+            at,
+        )
+    }
+
     /// A folder in another place as well.
     pub fn bind(from: &Path, at: &Path) -> Result<Self> {
         Self::mount(Command::new("mount").arg("--bind").arg(from), at)

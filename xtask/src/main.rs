@@ -7,6 +7,7 @@ mod build;
 mod busybox;
 mod cache;
 mod containerd;
+mod crates;
 mod fuzz;
 mod guest;
 mod install;

@@ -10,7 +10,7 @@ use tests::pod::{Pod, Spec};
 use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::volume::{Access, Mounted, Volumes, privileged, with_mount};
 
-use super::{WAITS, started};
+use super::{PROGRAM, WAITS, in_container, started};
 
 #[test]
 fn a_folder_is_the_same_for_containers_and_the_host() -> Outcome {
@@ -143,6 +143,55 @@ fn mounts_of_a_guest_do_not_go_out() -> Outcome {
             words.contains("mounts: /tree: ") && words.contains("propagation"),
             "{words}"
         );
+        pod.remove()
+    })
+}
+
+#[test]
+fn containers_see_each_others_locks() -> Outcome {
+    pod_scenario(|node| {
+        let volumes = Volumes::new()?;
+        let folder = volumes.volume("empty-dir", "data")?;
+        fs::write(folder.join("file"), "x")?;
+        let pod = Pod::run(node, "locks")?;
+        let with_volume = |config, place| with_mount(config, &folder, place, Access::Write);
+        let holder = in_container(&pod, "holder", &["lock", "/data/file"]);
+        let holder = started(&pod, &with_volume(holder, "/data"))?;
+        let other = in_container(&pod, "other", &["watch", "/other"]);
+        let other = started(&pod, &with_volume(other, "/other"))?;
+        let asks = |words: &str| {
+            let answer = other.exec(&[PROGRAM, "locked", "/other/file"])?;
+            let heard = String::from_utf8_lossy(&answer.stdout).into_owned();
+            ensure!(heard == words, "{heard}");
+            anyhow::Ok(())
+        };
+        asks("flock: locked\nfcntl: locked\n")?;
+        holder.stop(0)?;
+        asks("flock: free\nfcntl: free\n")?;
+        pod.remove()
+    })
+}
+
+#[test]
+fn device_nodes_are_made_where_the_host_opens_none() -> Outcome {
+    pod_vm_scenario("device_nodes_are_made_where_the_host_opens_none", |node| {
+        let volumes = Volumes::new()?;
+        let folder = volumes.volume("empty-dir", "data")?;
+        let pod = Spec::new("devices").privileged().run(node)?;
+        let config = with_mount(
+            pod.container("main", WAITS),
+            &folder,
+            "/data",
+            Access::Write,
+        );
+        let container = started(&pod, &privileged(config))?;
+        // Its own root, which nobody else sees.
+        container.shell("mknod /node b 7 0; test -b /node")?;
+        // A folder where any user of the host could open the node.
+        let answer = container.exec(&["mknod", "/data/node", "b", "7", "0"])?;
+        let words = String::from_utf8_lossy(&answer.stderr);
+        ensure!(words.contains("not permitted"), "{words}");
+        ensure!(fs::read_dir(&folder)?.next().is_none());
         pod.remove()
     })
 }

@@ -10,6 +10,7 @@
 )]
 
 mod configuration;
+mod exercisers;
 mod files;
 mod memory;
 

@@ -2,11 +2,10 @@
 //! Checks of the source: format, clippy, dependencies, architecture.
 
 use super::invariants;
-use crate::build::{self, Profile};
+use crate::build::{self, Linkage, Profile};
 use crate::packages::{self, any};
-use crate::{cache, progress, workspace};
+use crate::{crates, progress, workspace};
 use anyhow::{Result, bail};
-use std::path::PathBuf;
 use std::process::Command;
 
 /// Built once from the registry and kept; another version is another entry of the cache.
@@ -40,38 +39,21 @@ pub(crate) fn run() -> Result<()> {
     }
     // Advisories would need a database from the network at every run.
     progress::run(
-        Command::new(cargo_deny()?)
-            .args([
-                "--log-level",
-                "error",
-                "--all-features",
-                "check",
-                "--hide-inclusion-graph",
-                "licenses",
-                "bans",
-                "sources",
-            ])
-            .current_dir(workspace::root()),
+        Command::new(crates::program(
+            "cargo-deny",
+            DENY_VERSION,
+            Linkage::Dynamic,
+        )?)
+        .args([
+            "--log-level",
+            "error",
+            "--all-features",
+            "check",
+            "--hide-inclusion-graph",
+            "licenses",
+            "bans",
+            "sources",
+        ])
+        .current_dir(workspace::root()),
     )
-}
-
-fn cargo_deny() -> Result<PathBuf> {
-    let folder = cache::folder("cargo-deny", DENY_VERSION, |folder| {
-        let log = tempfile::NamedTempFile::new()?;
-        progress::step(
-            "building cargo-deny (once)",
-            log.path(),
-            Command::new("cargo")
-                .args([
-                    "install",
-                    "--locked",
-                    "--version",
-                    DENY_VERSION,
-                    "cargo-deny",
-                    "--root",
-                ])
-                .arg(folder),
-        )
-    })?;
-    Ok(folder.join("bin/cargo-deny"))
 }

@@ -8,7 +8,7 @@ mod unit;
 
 use crate::build::{self, Linkage, Profile};
 use crate::packages::{self, any};
-use crate::{archive, progress};
+use crate::{archive, crates, progress};
 use anyhow::{Result, bail};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -34,8 +34,10 @@ enum Place {
     Here(fn() -> Result<()>),
     /// Test binary of the package `tests`, in the dev VM with containerd.
     DevVm,
-    /// The same as a static binary, which can be a guest's init as well, with static programs beside it.
+    /// The same as a static binary, which can be a guest's init as well.
     DevVmStatic,
+    /// The same, with static programs that containers run.
+    Exercisers,
     /// Component tests of the agent, in the dev VM.
     Agent,
     /// The test binary `pods` with containerd 2, which asks for a sandbox in this way.
@@ -47,7 +49,7 @@ impl Place {
     fn command(self, name: &str) -> Result<Vec<String>> {
         let mut command = Vec::new();
         let linkage = match self {
-            Self::DevVmStatic => Linkage::Static,
+            Self::DevVmStatic | Self::Exercisers => Linkage::Static,
             _ => Linkage::Dynamic,
         };
         let target: &[&str] = match self {
@@ -70,6 +72,10 @@ impl Place {
                     "--test",
                     "component",
                 ]
+            }
+            Self::Exercisers => {
+                command = exercisers()?;
+                &["--package", "tests", "--test", name]
             }
             Self::Containerd2(sandboxer) => {
                 command = containerd_2(sandboxer)?;
@@ -165,8 +171,8 @@ const SUITES: &[Suite] = &[
         name: "volumes",
         about: "what pods store on, and how they grow and shrink",
         quick: false,
-        place: Place::DevVmStatic,
-        skip: &[],
+        place: Place::Exercisers,
+        skip: &["for_ten_minutes"],
     },
     Suite {
         name: "faults",
@@ -175,6 +181,13 @@ const SUITES: &[Suite] = &[
         place: Place::DevVm,
         skip: &[],
     },
+];
+
+/// Programs from the registry that try a file system out: how tests are told of each, its name and
+/// version.
+const EXERCISERS: [(&str, &str, &str); 2] = [
+    ("NUTSHELL_TEST_PJDFSTEST", "pjdfstest", "0.2.2"),
+    ("NUTSHELL_TEST_FSX", "fsx", "0.3.2"),
 ];
 
 /// What to run.
@@ -225,6 +238,17 @@ fn containerd_2(sandboxer: &str) -> Result<Vec<String>> {
         format!("NUTSHELL_TEST_CONTAINERD={}", programs.display()),
         format!("NUTSHELL_TEST_SANDBOXER={sandboxer}"),
     ])
+}
+
+/// Assignments that name the programs which try a file system out. Static: they run in containers.
+fn exercisers() -> Result<Vec<String>> {
+    packages::ensure("trying file systems out", &[any("e2fsprogs")])?;
+    let mut assignments = vec!["env".to_owned()];
+    for (variable, name, version) in EXERCISERS {
+        let program = crates::program(name, version, Linkage::Static)?;
+        assignments.push(format!("{variable}={}", program.display()));
+    }
+    Ok(assignments)
 }
 
 fn select(selection: &Selection) -> Result<Vec<&'static Suite>> {
