@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use vmm::client::VmmProcess;
 use vmm::control::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, Request, VmConfig,
-    Vsock,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, Request, Size,
+    VmConfig, Vsock,
 };
 
 use crate::installed::installed;
@@ -32,6 +32,9 @@ pub const READY: u32 = 1024;
 /// Far longer than anything here takes, even under emulation.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Memory at the start, in MiB.
+pub const MEMORY: u32 = 256;
+
 const CMDLINE: &str = "panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init";
 
 /// What a machine is to be.
@@ -41,6 +44,10 @@ pub struct Setup {
     pub console: bool,
     /// Virtual CPUs.
     pub vcpus: u8,
+    /// As many as there may be later.
+    pub most_vcpus: u8,
+    /// As much memory, in MiB, as there may be later.
+    pub most_memory: u32,
     /// Kernel parameters beside the usual.
     pub parameters: &'static str,
     /// Network devices.
@@ -63,6 +70,8 @@ impl Default for Setup {
         Self {
             console: false,
             vcpus: 1,
+            most_vcpus: 1,
+            most_memory: MEMORY,
             parameters: "",
             nets: Vec::new(),
             disks: Vec::new(),
@@ -138,6 +147,7 @@ pub struct Machine {
     arrivals: Mutex<Receiver<(u32, UnixStream)>>,
     end: Receiver<Ended>,
     answers: Mutex<Receiver<Result<(), String>>>,
+    sizes: Mutex<Receiver<Size>>,
     _folder: tempfile::TempDir,
 }
 
@@ -159,14 +169,22 @@ impl Machine {
         let (arrival, arrivals) = channel();
         let (ended, end) = channel();
         let (answered, answers) = channel();
+        let (resized, sizes) = channel();
+        let told = Told {
+            arrival,
+            ended,
+            answered,
+            resized,
+        };
         let watched = Arc::clone(&process);
-        thread::spawn(move || watch(&watched, &arrival, &ended, &answered));
+        thread::spawn(move || watch(&watched, &told));
         let machine = Self {
             process,
             socket,
             arrivals: Mutex::new(arrivals),
             end,
             answers: Mutex::new(answers),
+            sizes: Mutex::new(sizes),
             _folder: folder,
         };
         if let Err(error) = machine.accept(READY) {
@@ -239,6 +257,35 @@ impl Machine {
         answer.map_err(anyhow::Error::msg)
     }
 
+    /// Waits for the machine to have this size.
+    ///
+    /// # Errors
+    /// It has another.
+    pub fn await_size(&self, wanted: Size) -> Result<()> {
+        self.await_change(|size| size == wanted)
+            .with_context(|| format!("waiting for {wanted:?}"))
+            .map(drop)
+    }
+
+    /// Waits for the machine to have a size that `wanted` accepts.
+    ///
+    /// # Errors
+    /// It has another.
+    pub fn await_change(&self, wanted: impl Fn(Size) -> bool) -> Result<Size> {
+        let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = Instant::now().checked_add(PATIENCE);
+        let mut last = None;
+        loop {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let size = sizes.recv_timeout(left.unwrap_or_default());
+            let size = size.with_context(|| format!("the last size was {last:?}"))?;
+            if wanted(size) {
+                return Ok(size);
+            }
+            last = Some(size);
+        }
+    }
+
     /// The VMM's process.
     #[must_use]
     pub fn pid(&self) -> i32 {
@@ -275,28 +322,34 @@ fn set_patience(stream: &UnixStream) -> io::Result<()> {
     stream.set_write_timeout(Some(PATIENCE))
 }
 
+/// Where each kind of event goes.
+struct Told {
+    arrival: Sender<(u32, UnixStream)>,
+    ended: Sender<Ended>,
+    answered: Sender<Result<(), String>>,
+    resized: Sender<Size>,
+}
+
 /// Hands on what the VMM reports, until it is gone.
-fn watch(
-    process: &VmmProcess,
-    arrival: &Sender<(u32, UnixStream)>,
-    ended: &Sender<Ended>,
-    answered: &Sender<Result<(), String>>,
-) {
+fn watch(process: &VmmProcess, told: &Told) {
     while let Ok((event, mut files)) = process.next_event() {
         match event {
             Event::Connection { port } => {
                 if let Some(stream) = files.pop() {
-                    let _ = arrival.send((port, stream.into()));
+                    let _ = told.arrival.send((port, stream.into()));
                 }
             }
             Event::Exited { reason, console } => {
-                let _ = ended.send(Ended { reason, console });
+                let _ = told.ended.send(Ended { reason, console });
             }
             Event::Done => {
-                let _ = answered.send(Ok(()));
+                let _ = told.answered.send(Ok(()));
             }
             Event::Failed(text) => {
-                let _ = answered.send(Err(text));
+                let _ = told.answered.send(Err(text));
+            }
+            Event::Size(size) => {
+                let _ = told.resized.send(size);
             }
             Event::Milestone { .. } => {}
         }
@@ -356,7 +409,9 @@ fn configure(
         version: PROTOCOL_VERSION,
         kvm: FileIndex(0),
         vcpus: setup.vcpus,
-        memory_mib: 256,
+        most_vcpus: setup.most_vcpus.max(setup.vcpus),
+        memory_mib: MEMORY,
+        most_memory_mib: setup.most_memory,
         boot: Boot {
             kernel: FileIndex(1),
             cmdline,

@@ -41,9 +41,15 @@ struct Options {
     /// Virtual CPUs.
     #[arg(long, default_value_t = 1)]
     vcpus: u8,
+    /// As many virtual CPUs as there may be later.
+    #[arg(long, default_value_t = 0)]
+    most_vcpus: u8,
     /// Memory in MiB.
     #[arg(long, default_value_t = 256)]
     memory: u32,
+    /// As much memory as there may be later.
+    #[arg(long, default_value_t = 0)]
+    most_memory: u32,
     /// Print the guest's console to standard error as it comes.
     #[arg(long)]
     console: bool,
@@ -263,7 +269,9 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
         version: PROTOCOL_VERSION,
         kvm,
         vcpus: options.vcpus,
+        most_vcpus: options.most_vcpus.max(options.vcpus),
         memory_mib: options.memory,
+        most_memory_mib: options.most_memory.max(options.memory),
         boot,
         blocks,
         nets: Vec::new(),

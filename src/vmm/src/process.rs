@@ -18,9 +18,9 @@ use rustix::time::{ClockId, Timespec, clock_gettime};
 use thiserror::Error;
 
 use crate::control::{
-    Channel, ChannelError, Event, ExitReason, Milestone, PROTOCOL_VERSION, Request, VmConfig,
+    Channel, ChannelError, Event, ExitReason, Milestone, PROTOCOL_VERSION, Request, Size, VmConfig,
 };
-use crate::machine::{Files, Machine, MachineEvents};
+use crate::machine::{Files, Machine, MachineError, MachineEvents};
 use crate::sys::process as raw;
 
 /// The code that the guest's PID 1 writes to the progress port first of all.
@@ -65,7 +65,7 @@ pub fn run() -> Result<(), ProcessError> {
     let reporter = Arc::new(Reporter {
         channel,
         over: OnceLock::new(),
-        wake: eventfd(0, EventfdFlags::CLOEXEC)
+        wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| ProcessError::Wait(errno.into()))?,
         init: AtomicBool::new(false),
         detaching: Mutex::new(None),
@@ -153,11 +153,13 @@ fn build(
 
 /// Serves requests until the machine has ended.
 fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessError> {
+    let mut size = machine.size();
     loop {
         if let Some(late) = reporter.late_detach() {
             let text = format!("the guest does not let go of {late}");
             reporter.channel.send(&Event::Failed(text), &[])?;
         }
+        reporter.report_size(machine, &mut size)?;
         let patience = reporter.patience();
         let mut ready = [
             PollFd::new(&reporter.channel, PollFlags::IN),
@@ -165,6 +167,8 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
         ];
         rustix::io::retry_on_intr(|| poll(&mut ready, patience.as_ref()))
             .map_err(|errno| ProcessError::Wait(errno.into()))?;
+        // Before the looks at what it is about, so that none is missed; nothing to read is fine.
+        let _ = rustix::io::read(&reporter.wake, &mut [0; 8]);
         if let Some(reason) = reporter.over.get() {
             return Ok(reason.clone());
         }
@@ -185,22 +189,29 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
                 reporter.channel.send(&Event::Done, &[])?;
                 return Ok(ExitReason::Stopped);
             }
-            Request::AttachNet(net) => match machine.attach_net(&net, &mut Files::new(files)) {
-                Ok(()) => Event::Done,
-                Err(error) => Event::Failed(chain(&error)),
-            },
+            Request::AttachNet(net) => outcome(machine.attach_net(&net, &mut Files::new(files))),
             // Answered when the guest has let go.
             Request::DetachNet { id } => match reporter.detach(machine, &id) {
                 Ok(()) => continue,
                 Err(text) => Event::Failed(text),
             },
+            Request::ResizeMemory { mib } => outcome(machine.resize_memory(mib)),
+            Request::ResizeVcpus { count } => outcome(machine.resize_vcpus(count)),
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
         };
         reporter.channel.send(&answer, &[])?;
     }
 }
 
-/// Tells the owner what happens, and the main thread when the guest has ended.
+/// The answer to a request that is carried out at once.
+fn outcome(result: Result<(), MachineError>) -> Event {
+    match result {
+        Ok(()) => Event::Done,
+        Err(error) => Event::Failed(chain(&error)),
+    }
+}
+
+/// Tells the owner what happens, and the main thread when the guest has ended or changed.
 #[derive(Debug)]
 struct Reporter {
     channel: Channel,
@@ -251,6 +262,23 @@ impl Reporter {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Tells the machine's size, if it is another than the last one. Many changes at once are told
+    /// as one: what the guest does must not fill the channel.
+    fn report_size(&self, machine: &Machine, last: &mut Size) -> Result<(), ChannelError> {
+        let size = machine.size();
+        if size != *last {
+            *last = size;
+            self.channel.send(&Event::Size(size), &[])?;
+        }
+        Ok(())
+    }
+
+    fn wake(&self) {
+        if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
+            tracing::error!(%error, "can't wake the main thread");
+        }
+    }
+
     fn send_milestone(&self, milestone: Milestone, at_us: u64) {
         let event = Event::Milestone { milestone, at_us };
         if let Err(error) = self.channel.send(&event, &[]) {
@@ -271,10 +299,8 @@ impl MachineEvents for Reporter {
     }
 
     fn ended(&self, reason: ExitReason) {
-        if self.over.set(reason).is_ok()
-            && let Err(error) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes())
-        {
-            tracing::error!(%error, "can't wake the main thread");
+        if self.over.set(reason).is_ok() {
+            self.wake();
         }
     }
 
@@ -282,6 +308,10 @@ impl MachineEvents for Reporter {
         let event = Event::Connection { port };
         let sent = self.channel.try_send(&event, &[stream.as_fd()]);
         sent.map_err(io::Error::other)
+    }
+
+    fn resized(&self) {
+        self.wake();
     }
 
     fn unplugged(&self, name: &str) {

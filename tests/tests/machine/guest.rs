@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The guest's init: tells of its CPUs, uses its disk, and ends as it is told.
+//! The guest's init: tells of its CPUs, uses its disk and its memory, and ends as it is told.
 
 use std::io::Write;
 use std::thread;
@@ -12,8 +12,8 @@ use tests::machine::READY;
 use tests::pattern::read_line;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::disk;
-use crate::{CONTROL, CPUS, DISK, EXIT, POWER_OFF, RESTART};
+use crate::size::{self, FILL, LOAD};
+use crate::{CONTROL, CPUS, DISK, EXIT, ONLINE, POWER_OFF, RESTART, disk};
 
 /// Serves until it is told to exit.
 pub(crate) fn run() {
@@ -28,18 +28,42 @@ fn serve() -> Result<()> {
     VsockStream::connect_with_cid_port(VMADDR_CID_HOST, READY)?;
     loop {
         let (mut stream, _) = listener.accept()?;
-        match read_line(&mut stream)?.trim() {
+        let line = read_line(&mut stream)?;
+        let (command, number) = numbered(line.trim());
+        match command {
             CPUS => writeln!(stream, "{}", cpus()?)?,
             DISK => match disk::in_guest() {
                 Ok(()) => writeln!(stream, "ok")?,
                 Err(error) => writeln!(stream, "failed: {error:#}")?,
             },
+            ONLINE => match size::online(number).and_then(|()| cpus()) {
+                Ok(cpus) => writeln!(stream, "{cpus}")?,
+                Err(error) => writeln!(stream, "failed: {error:#}")?,
+            },
+            LOAD => {
+                size::load();
+                writeln!(stream, "loaded")?;
+            }
+            FILL => {
+                let memory = size::take(number);
+                writeln!(stream, "filled")?;
+                read_line(&mut stream)?;
+                drop(memory);
+                writeln!(stream, "freed")?;
+            }
             POWER_OFF => reboot(RebootCommand::PowerOff)?,
             RESTART => reboot(RebootCommand::Restart)?,
             EXIT => return Ok(()),
             other => bail!("what is {other:?}?"),
         }
     }
+}
+
+/// A command, and the number behind it.
+fn numbered(line: &str) -> (&str, usize) {
+    let parts = line.rsplit_once(' ');
+    let number = parts.and_then(|(command, number)| Some((command, number.parse().ok()?)));
+    number.unwrap_or((line, 0))
 }
 
 /// The numbers of the CPUs that run a thread.

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Machines of every size, every way in which a guest can end, and a disk that the guest may
-//! change, under a real guest kernel.
+//! Machines of every size, every way in which a guest can end, a disk that the guest may change, and
+//! machines whose size changes, under a real guest kernel.
 //!
 //! One static binary in three roles, as the suite `vsock`: the suite, the VMM process of its
 //! machines, and the guest's init.
 
 mod disk;
 mod guest;
+mod size;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -24,6 +25,8 @@ const CONTROL: u32 = 100;
 const CPUS: &str = "cpus";
 /// Has the guest use its second disk and tell how it went.
 const DISK: &str = "disk";
+/// Has the guest bring up CPUs, until there are as many as follow; then as `CPUS`.
+const ONLINE: &str = "online";
 const POWER_OFF: &str = "power off";
 const RESTART: &str = "restart";
 /// The guest's kernel has no use for a system without an init.
@@ -126,6 +129,8 @@ fn suite(filter: Option<&str>) -> Result<bool> {
         tests.push((case.name, Box::new(move || run(&case))));
     }
     tests.push((disk::NAME, Box::new(disk::run)));
+    tests.push(("cpus_come_and_go_under_load", Box::new(size::vcpus)));
+    tests.push(("memory_comes_and_goes", Box::new(size::memory)));
     for (name, test) in tests {
         if filter.is_some_and(|filter| !name.contains(filter)) {
             continue;

@@ -179,7 +179,9 @@ impl Vm {
             version: PROTOCOL_VERSION,
             kvm: files.add(machine.kvm.as_fd()),
             vcpus: machine.vcpus,
+            most_vcpus: machine.vcpus,
             memory_mib: machine.memory_mib,
+            most_memory_mib: machine.memory_mib,
             boot: Boot {
                 kernel: files.add(machine.kernel.as_fd()),
                 cmdline: machine.cmdline.clone(),
@@ -395,6 +397,7 @@ impl Listener {
                 Ok((Event::Milestone { milestone, at_us }, _)) => {
                     info!(?milestone, at_us, "milestone");
                 }
+                Ok((Event::Size(size), _)) => info!(size.vcpus, size.memory_mib, "resized"),
                 // The connection itself says all; dropping it closes it.
                 Ok((Event::Connection { port: READY_PORT }, _)) => {
                     self.ready.send_replace(true);

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,21 @@ pub enum Request {
         /// Its `Net::id`.
         id: String,
     },
+    /// Offers the guest memory, or wants some back, so that it has this much in all: between what
+    /// it booted with and `VmConfig::most_memory_mib`. Done means that it has been told; what it
+    /// then takes or gives, which may be less, `Event::Size` tells.
+    ResizeMemory {
+        /// In MiB.
+        mib: u32,
+    },
+    /// Plugs or unplugs vCPUs, so that there are this many in all: between those that it booted
+    /// with and `VmConfig::most_vcpus`. Done means that the guest has been told. A plugged one is
+    /// there at once, for the guest to bring up; one to go counts until the guest has let go of
+    /// it, which `Event::Size` tells.
+    ResizeVcpus {
+        /// How many.
+        count: u8,
+    },
     /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
     Stop,
 }
@@ -42,8 +57,12 @@ pub struct VmConfig {
     pub kvm: FileIndex,
     /// Virtual CPUs, 1 to 32.
     pub vcpus: u8,
+    /// As many as it may have later; no fewer than it boots with.
+    pub most_vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// As much as it may have later; no less than it boots with.
+    pub most_memory_mib: u32,
     /// Kernel and its command line.
     pub boot: Boot,
     /// Block devices in order; the first is `/dev/vda`.
@@ -173,6 +192,8 @@ pub enum Event {
         /// The port that the guest asked for.
         port: u32,
     },
+    /// The machine's size has changed.
+    Size(Size),
     /// The VM is gone. The last event; the process ends after it.
     Exited {
         /// Why.
@@ -180,6 +201,18 @@ pub enum Event {
         /// The last that the guest wrote to its console (16 KiB at most), lossy UTF-8.
         console: String,
     },
+}
+
+/// Memory is plugged and unplugged by so many MiB, and more of them.
+pub const MEMORY_STEP: u32 = 2;
+
+/// What a machine has now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// vCPUs that the guest may run on.
+    pub vcpus: u8,
+    /// Memory that the guest may use, in MiB.
+    pub memory_mib: u32,
 }
 
 /// Points of a start.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the ACPI tables' methods read and write when PCI devices come and go: which slots have a
-//! new device, which are to give theirs back, and which have.
+//! What the ACPI tables' methods read and write when PCI devices or vCPUs come and go: which slots
+//! have a new one, which are to give theirs back, which have, and which have one.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,7 @@ use crate::interrupt::Line;
 const COME: u64 = 0;
 const GO: u64 = 4;
 const EJECT: u64 = 8;
+const PRESENT: u64 = 12;
 
 /// Hears that the guest has let go of a device.
 pub trait Ejected: Debug + Send + Sync {
@@ -23,6 +24,7 @@ pub trait Ejected: Debug + Send + Sync {
 struct Pending {
     come: u32,
     go: u32,
+    present: u32,
 }
 
 /// The registers.
@@ -35,7 +37,7 @@ pub struct HotplugRegisters {
 
 impl HotplugRegisters {
     /// Ports they take.
-    pub const SIZE: u16 = 12;
+    pub const SIZE: u16 = 16;
 
     /// Registers that interrupt the guest by `line`.
     #[must_use]
@@ -49,7 +51,12 @@ impl HotplugRegisters {
 
     /// Has the guest look at a slot that has a new device.
     pub fn announce(&self, slot: u8) {
-        self.lock().come |= bit(slot);
+        let mut pending = self.lock();
+        pending.come |= bit(slot);
+        pending.present |= bit(slot);
+        // If it was to go before, it is not any more.
+        pending.go &= !bit(slot);
+        drop(pending);
         self.line.raise();
     }
 
@@ -57,6 +64,11 @@ impl HotplugRegisters {
     pub fn request_eject(&self, slot: u8) {
         self.lock().go |= bit(slot);
         self.line.raise();
+    }
+
+    /// Whether a slot has what was announced.
+    pub fn is_present(&self, slot: u8) -> bool {
+        self.lock().present & bit(slot) != 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Pending> {
@@ -78,6 +90,7 @@ impl BusDevice for HotplugRegisters {
         let value = match offset {
             COME => std::mem::take(&mut pending.come),
             GO => std::mem::take(&mut pending.go),
+            PRESENT => pending.present,
             _ => 0,
         };
         *data = value.to_le_bytes();
@@ -91,6 +104,7 @@ impl BusDevice for HotplugRegisters {
             return;
         }
         let slots = u32::from_le_bytes(bytes);
+        self.lock().present &= !slots;
         for slot in (0..32).filter(|slot| slots & bit(*slot) != 0) {
             self.ejected.ejected(slot);
         }
@@ -137,6 +151,18 @@ mod tests {
         assert_eq!(read(&registers, 0), 0);
         assert_eq!(read(&registers, 4), 1 << 25);
         assert_eq!(read(&registers, 4), 0);
+        assert_eq!(read(&registers, 12), 1 << 24 | 1 << 31);
+    }
+
+    #[test]
+    fn what_comes_back_is_not_to_go() {
+        let log = Arc::new(Log::default());
+        let registers = HotplugRegisters::new(log.clone(), log.clone());
+        registers.announce(3);
+        registers.request_eject(3);
+        registers.announce(3);
+        assert_eq!(read(&registers, 4), 0);
+        assert!(registers.is_present(3));
     }
 
     #[test]
@@ -147,5 +173,9 @@ mod tests {
         registers.write(8, &[1]);
         registers.write(0, &[1; 4]);
         assert_eq!(*log.1.lock().unwrap(), [0, 25]);
+        registers.announce(25);
+        registers.announce(26);
+        registers.write(8, &(1_u32 << 25).to_le_bytes());
+        assert_eq!(read(&registers, 12), 1 << 26);
     }
 }

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fuse_server::{Cache, Options};
-use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
 
+use super::growth::{HotMemory, HotVcpus};
 use super::slots::{self, Slots};
 use super::vcpu::{Buses, Vcpus};
 use super::{Machine, MachineError, MachineEvents};
@@ -75,12 +75,19 @@ impl Machine {
                 memory_mib,
             });
         }
-        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
-            return Err(VmError::VcpuCount(config.vcpus).into());
+        let most_vcpus = config.most_vcpus.max(config.vcpus);
+        for count in [config.vcpus, most_vcpus] {
+            if !(1..=MAX_VCPUS).contains(&count) {
+                return Err(VmError::VcpuCount(count).into());
+            }
         }
-        let vm = Vm::new(files.take(config.kvm)?)?;
+        let vm = Arc::new(Vm::new(files.take(config.kvm)?)?);
         let bytes = u64::from(memory_mib) << 20;
-        let memory = memory::allocate(&layout::memory_ranges(bytes))?;
+        let growth = layout::growth(bytes, u64::from(config.most_memory_mib) << 20);
+        let mut ranges = layout::memory_ranges(bytes);
+        // Mapped as a whole; it costs nothing until the guest takes of it.
+        ranges.extend(growth.clone());
+        let memory = memory::allocate(&ranges)?;
         vm.add_memory(&memory)?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
@@ -90,7 +97,10 @@ impl Machine {
 
         let entry = load(&config.boot, files, config, &memory)?;
         events.milestone(Milestone::KernelLoaded);
-        set_up_vcpus(&vm, &vcpus, entry)?;
+        let model = CpuModel::new(vm.kvm(), most_vcpus).map_err(MachineError::CpuModel)?;
+        for (id, vcpu) in (0..).zip(&vcpus) {
+            model.set_up(vcpu, id, (id == 0).then_some(entry))?;
+        }
 
         let memory = GuestMemory::new(memory);
         let devices = devices(config, files, events)?;
@@ -98,6 +108,10 @@ impl Machine {
         for (name, device) in devices {
             slots.plug(slots::FIXED, name, device)?;
         }
+        let hot_memory = match growth {
+            Some(range) => Some(HotMemory::plug(&range, memory_mib, &slots, events)?),
+            None => None,
+        };
         // All of these may be unplugged.
         for net in &config.nets {
             let (name, device) = net_device(net, files)?;
@@ -116,13 +130,28 @@ impl Machine {
         let mut buses = buses(slots.bus(), &serial, events)?;
         let (start, size) = (layout::IO_APIC.into(), IoApic::SIZE);
         let range = start..size.saturating_add(start);
-        buses.memory.insert(range, io_apic)?;
+        buses.memory.insert(range, Arc::clone(&io_apic) as _)?;
         let start = u64::from(layout::HOTPLUG_PORT);
         let range = start..start.saturating_add(HotplugRegisters::SIZE.into());
         buses.ports.insert(range, Arc::clone(&hotplug) as _)?;
-        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), events).map_err(MachineError::Thread)?;
+        let all = Arc::new(Vcpus::new(events).map_err(MachineError::Thread)?);
+        let hot_vcpus = if most_vcpus > config.vcpus {
+            let range = config.vcpus..most_vcpus;
+            let line = io_apic.line(layout::HOTPLUG_PIN.into());
+            let (hot, registers) = HotVcpus::new(range, &all, &vm, model, line);
+            let start = u64::from(layout::CPU_HOTPLUG_PORT);
+            let range = start..start.saturating_add(HotplugRegisters::SIZE.into());
+            buses.ports.insert(range, registers)?;
+            Some(hot)
+        } else {
+            None
+        };
+        all.spawn(vcpus, buses).map_err(MachineError::Thread)?;
         Ok(Self {
-            vcpus,
+            vcpus: all,
+            hot_vcpus,
+            hot_memory,
+            memory_mib,
             slots,
             hotplug,
             serial,
@@ -148,20 +177,12 @@ fn load(
     }
     let tables = Tables {
         vcpus: config.vcpus,
+        most_vcpus: config.most_vcpus,
         serial: matches!(config.console, Console::File(_)),
     };
     let rsdp = tables.write(memory).map_err(MachineError::Acpi)?;
     pvh::write_start_info(memory, bytes, &boot.cmdline, rsdp)?;
     Ok(kernel.entry)
-}
-
-fn set_up_vcpus(vm: &Vm, vcpus: &[VcpuFd], entry: u32) -> Result<(), MachineError> {
-    let count = u8::try_from(vcpus.len()).unwrap_or(MAX_VCPUS);
-    let model = CpuModel::new(vm.kvm(), count).map_err(MachineError::CpuModel)?;
-    for (id, vcpu) in (0..count).zip(vcpus) {
-        model.set_up(vcpu, id, (id == 0).then_some(entry))?;
-    }
-    Ok(())
 }
 
 /// A device and its name in logs and errors.

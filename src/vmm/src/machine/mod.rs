@@ -2,6 +2,7 @@
 //! The machine: built from a configuration and open files, then started, paused, stopped.
 
 mod build;
+mod growth;
 mod slots;
 mod vcpu;
 
@@ -22,13 +23,14 @@ use crate::arch::x86_64::layout;
 use crate::arch::x86_64::pvh::StartInfoError;
 use crate::arch::x86_64::vcpu::VcpuSetupError;
 use crate::bus::RangeTaken;
-use crate::control::{ExitReason, Milestone, Net};
+use crate::control::{ExitReason, Milestone, Net, Size};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::fs::FsError;
 use crate::devices::virtio::net::NetError;
 use crate::devices::{HotplugRegisters, SerialPort};
 use crate::kvm::{Vm, VmError};
 use crate::memory::{MemoryError, PlaceError};
+use growth::{HotMemory, HotVcpus};
 use slots::Slots;
 use vcpu::Vcpus;
 
@@ -52,6 +54,9 @@ pub trait MachineEvents: Debug + Send + Sync {
 
     /// The guest has let go of the device called `name`, and its files are closed.
     fn unplugged(&self, name: &str);
+
+    /// The machine may have another size.
+    fn resized(&self);
 }
 
 /// Why there is no machine; each names what it is about.
@@ -125,6 +130,21 @@ pub enum MachineError {
     /// A name that nobody has, or a device that stays.
     #[error("there is no device {0} that could be unplugged")]
     Missing(String),
+    /// More or less of something than the machine can have.
+    #[error("this machine can have {least} to {most} {what}, not {asked}")]
+    Size {
+        /// Of what.
+        what: &'static str,
+        /// What it booted with.
+        least: u32,
+        /// What it may grow to.
+        most: u32,
+        /// What was asked for.
+        asked: u32,
+    },
+    /// The guest does not hear of its memory's new size.
+    #[error("can't tell the guest of its memory's size")]
+    Tell(#[source] io::Error),
     /// The I/O APIC can't be had.
     #[error("can't set up the interrupt of hotplug")]
     Interrupt(#[source] io::Error),
@@ -147,11 +167,17 @@ pub enum MachineError {
 pub struct Machine {
     // In the order in which they must go: nothing may run in the guest's memory once it is
     // unmapped.
-    vcpus: Vcpus,
+    vcpus: Arc<Vcpus>,
+    /// Those that come and go, where any may.
+    hot_vcpus: Option<HotVcpus>,
+    /// Memory that comes and goes, where any may.
+    hot_memory: Option<HotMemory>,
+    /// What it booted with.
+    memory_mib: u32,
     slots: Arc<Slots>,
     hotplug: Arc<HotplugRegisters>,
     serial: Arc<SerialPort>,
-    _vm: Vm,
+    _vm: Arc<Vm>,
 }
 
 impl Machine {
@@ -190,10 +216,45 @@ impl Machine {
         Ok(name)
     }
 
+    /// What the guest has now.
+    #[must_use]
+    pub fn size(&self) -> Size {
+        let more = self.hot_memory.as_ref().map_or(0, HotMemory::plugged_mib);
+        Size {
+            vcpus: self.vcpus.count(),
+            memory_mib: self.memory_mib.saturating_add(more),
+        }
+    }
+
+    /// Offers the guest memory, or wants some back, for `mib` in all. What it does
+    /// `MachineEvents::resized` tells.
+    ///
+    /// # Errors
+    /// The machine can't have as much or as little.
+    pub fn resize_memory(&self, mib: u32) -> Result<(), MachineError> {
+        match &self.hot_memory {
+            Some(memory) => memory.resize(mib),
+            None => growth::check("MiB", self.memory_mib, self.memory_mib, mib),
+        }
+    }
+
+    /// Plugs vCPUs, or asks the guest to let go of some, for `count` in all. What it lets go of
+    /// `MachineEvents::resized` tells.
+    ///
+    /// # Errors
+    /// The machine can't have as many or as few, or KVM refuses.
+    pub fn resize_vcpus(&self, count: u8) -> Result<(), MachineError> {
+        let now = self.vcpus.count().into();
+        match &self.hot_vcpus {
+            Some(vcpus) => vcpus.resize(count),
+            None => growth::check("vCPUs", now, now, count.into()),
+        }
+    }
+
     /// Ends the machine: vCPUs first, then the devices, which finish what they have begun. Returns
     /// the last console output.
     #[must_use]
-    pub fn stop(mut self) -> String {
+    pub fn stop(self) -> String {
         self.vcpus.stop();
         self.slots.reset();
         self.serial.tail()
@@ -201,7 +262,7 @@ impl Machine {
 
     /// Ends the vCPUs and leaves everything else to the end of the process, which must follow: a
     /// device may wait on the host for ever.
-    pub fn abandon(mut self) {
+    pub fn abandon(self) {
         self.vcpus.stop();
         mem::forget(self);
     }

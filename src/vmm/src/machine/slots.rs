@@ -169,6 +169,8 @@ mod tests {
             Ok(())
         }
 
+        fn resized(&self) {}
+
         fn unplugged(&self, name: &str) {
             self.0.lock().unwrap().push(name.to_owned());
         }

@@ -2,9 +2,13 @@
 //! The vCPU threads. Each parks until it is told to run; to get it out of the guest, its
 //! `immediate_exit` flag is set and a signal sent: the flag covers the moment before KVM_RUN, the
 //! signal the time within.
+//!
+//! A vCPU that the guest lets go of leaves its thread. KVM keeps it, and so do we, for the next time
+//! that it is plugged.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -35,7 +39,9 @@ enum Wish {
 #[derive(Debug)]
 struct State {
     wish: Wish,
-    /// Threads that are outside of the guest and wait for another wish.
+    /// Threads that have not left their vCPU.
+    alive: usize,
+    /// Of these, threads that are outside of the guest and wait for another wish.
     parked: usize,
 }
 
@@ -47,59 +53,121 @@ struct Control {
 
 #[derive(Debug)]
 struct Thread {
+    id: u8,
     exit: Arc<ImmediateExit>,
-    handle: JoinHandle<()>,
+    retired: Arc<AtomicBool>,
+    handle: JoinHandle<VcpuFd>,
+}
+
+impl Thread {
+    /// Has it look at what is wished of it.
+    fn kick(&self) {
+        self.exit.set(true);
+        if let Err(error) = self.handle.kill(process::kick_signal()) {
+            tracing::warn!(%error, "can't signal a vCPU's thread");
+        }
+    }
 }
 
 /// All vCPUs of a machine.
 #[derive(Debug)]
 pub(super) struct Vcpus {
     control: Arc<Control>,
-    threads: Vec<Thread>,
+    events: Arc<dyn MachineEvents>,
+    buses: OnceLock<Arc<Buses>>,
+    threads: Mutex<Vec<Thread>>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; they are paused.
-    pub(super) fn spawn(
-        vcpus: Vec<VcpuFd>,
-        buses: &Arc<Buses>,
-        events: &Arc<dyn MachineEvents>,
-    ) -> io::Result<Self> {
+    /// None yet.
+    pub(super) fn new(events: &Arc<dyn MachineEvents>) -> io::Result<Self> {
         process::install_kick_handler()?;
-        let control = Arc::new(Control {
-            state: Mutex::new(State {
-                wish: Wish::Pause,
-                parked: 0,
+        Ok(Self {
+            control: Arc::new(Control {
+                state: Mutex::new(State {
+                    wish: Wish::Pause,
+                    alive: 0,
+                    parked: 0,
+                }),
+                changed: Condvar::new(),
             }),
-            changed: Condvar::new(),
-        });
-        // Dropped on an error, it stops the threads that have started.
-        let mut all = Self {
-            control,
-            threads: Vec::new(),
-        };
-        for (id, fd) in vcpus.into_iter().enumerate() {
-            let exit = Arc::new(ImmediateExit::new(&fd)?);
-            let vcpu = Vcpu {
-                id,
-                fd,
-                exit: Arc::clone(&exit),
-                control: Arc::clone(&all.control),
-                buses: Arc::clone(buses),
-                events: Arc::clone(events),
-            };
-            let thread = thread::Builder::new().name(format!("vcpu{id}"));
-            let handle = thread.spawn(move || vcpu.live())?;
-            all.threads.push(Thread { exit, handle });
+            events: Arc::clone(events),
+            buses: OnceLock::new(),
+            threads: Mutex::default(),
+        })
+    }
+
+    /// Starts a thread for each vCPU of the start; they are paused.
+    pub(super) fn spawn(&self, vcpus: Vec<VcpuFd>, buses: Buses) -> io::Result<()> {
+        let _ = self.buses.set(Arc::new(buses));
+        for (id, fd) in (0..).zip(vcpus) {
+            self.add(id, fd)?;
         }
-        Ok(all)
+        Ok(())
+    }
+
+    /// Starts the thread of a vCPU, which does as the others do.
+    pub(super) fn add(&self, id: u8, fd: VcpuFd) -> io::Result<()> {
+        let buses = self.buses.get().map(Arc::clone);
+        let exit = Arc::new(ImmediateExit::new(&fd)?);
+        let retired = Arc::new(AtomicBool::new(false));
+        let vcpu = Vcpu {
+            id,
+            fd,
+            exit: Arc::clone(&exit),
+            retired: Arc::clone(&retired),
+            control: Arc::clone(&self.control),
+            buses: buses.ok_or(io::ErrorKind::NotConnected)?,
+            events: Arc::clone(&self.events),
+        };
+        let mut threads = self.lock();
+        let thread = thread::Builder::new().name(format!("vcpu{id}"));
+        let handle = thread.spawn(move || vcpu.live())?;
+        self.control.lock().count_one();
+        threads.push(Thread {
+            id,
+            exit,
+            retired,
+            handle,
+        });
+        Ok(())
+    }
+
+    /// Has the thread of vCPU `id` leave it. Does not wait: it may be the calling one.
+    pub(super) fn retire(&self, id: u8) {
+        let threads = self.lock();
+        let Some(thread) = threads.iter().find(|thread| thread.id == id) else {
+            return;
+        };
+        {
+            // Under the lock, so that one that parks sees it.
+            let _state = self.control.lock();
+            thread.retired.store(true, Ordering::SeqCst);
+        }
+        self.control.changed.notify_all();
+        thread.kick();
+    }
+
+    /// The vCPU `id` that was retired; waits for its thread.
+    pub(super) fn take_retired(&self, id: u8) -> Option<VcpuFd> {
+        let mut threads = self.lock();
+        let retired = |thread: &Thread| thread.id == id && thread.retired.load(Ordering::SeqCst);
+        let at = threads.iter().position(retired)?;
+        let thread = threads.swap_remove(at);
+        drop(threads);
+        thread.handle.join().ok()
+    }
+
+    /// vCPUs that the guest may run on.
+    pub(super) fn count(&self) -> u8 {
+        u8::try_from(self.control.lock().alive).unwrap_or(u8::MAX)
     }
 
     pub(super) fn pause(&self) {
         self.wish(Wish::Pause);
         let state = self.control.lock();
         let all_parked = self.control.changed.wait_while(state, |state| {
-            state.wish == Wish::Pause && state.parked < self.threads.len()
+            state.wish == Wish::Pause && state.parked < state.alive
         });
         drop(all_parked);
     }
@@ -109,9 +177,10 @@ impl Vcpus {
     }
 
     /// Ends the threads; none is in the guest when this returns.
-    pub(super) fn stop(&mut self) {
+    pub(super) fn stop(&self) {
         self.wish(Wish::Stop);
-        for thread in self.threads.drain(..) {
+        let threads = std::mem::take(&mut *self.lock());
+        for thread in threads {
             if thread.handle.join().is_err() {
                 tracing::error!("a vCPU's thread had panicked");
             }
@@ -124,12 +193,13 @@ impl Vcpus {
         if wish == Wish::Run {
             return;
         }
-        for thread in &self.threads {
-            thread.exit.set(true);
-            if let Err(error) = thread.handle.kill(process::kick_signal()) {
-                tracing::warn!(%error, "can't signal a vCPU's thread");
-            }
+        for thread in &*self.lock() {
+            thread.kick();
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Thread>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -139,43 +209,60 @@ impl Drop for Vcpus {
     }
 }
 
+impl State {
+    fn count_one(&mut self) {
+        self.alive = self.alive.saturating_add(1);
+    }
+}
+
 impl Control {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits while the wish is to pause; whether to run then.
-    fn may_run(&self) -> bool {
+    fn may_run(&self, retired: &AtomicBool) -> bool {
+        let goes = || retired.load(Ordering::SeqCst);
         let mut state = self.lock();
         if state.wish == Wish::Pause {
             state.parked = state.parked.saturating_add(1);
             self.changed.notify_all();
-            while state.wish == Wish::Pause {
+            while state.wish == Wish::Pause && !goes() {
                 let waited = self.changed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
             }
             state.parked = state.parked.saturating_sub(1);
         }
-        state.wish == Wish::Run
+        state.wish == Wish::Run && !goes()
     }
 
     /// Waits for the wish to stop; counts as parked.
-    fn wait_for_stop(&self) {
+    fn wait_for_stop(&self, retired: &AtomicBool) {
         let mut state = self.lock();
         state.parked = state.parked.saturating_add(1);
         self.changed.notify_all();
-        while state.wish != Wish::Stop {
+        while state.wish != Wish::Stop && !retired.load(Ordering::SeqCst) {
             let waited = self.changed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
+        state.parked = state.parked.saturating_sub(1);
+    }
+
+    /// A thread leaves its vCPU.
+    fn leave(&self) {
+        let mut state = self.lock();
+        state.alive = state.alive.saturating_sub(1);
+        self.changed.notify_all();
     }
 }
 
 #[derive(Debug)]
 struct Vcpu {
-    id: usize,
+    id: u8,
     fd: VcpuFd,
     exit: Arc<ImmediateExit>,
+    /// The guest has let go of it.
+    retired: Arc<AtomicBool>,
     control: Arc<Control>,
     buses: Arc<Buses>,
     events: Arc<dyn MachineEvents>,
@@ -189,9 +276,10 @@ enum Next {
 }
 
 impl Vcpu {
-    fn live(mut self) {
+    /// Its thread. The vCPU is left as it was when it was stopped.
+    fn live(mut self) -> VcpuFd {
         let mut first = self.id == 0;
-        while self.control.may_run() {
+        while self.control.may_run(&self.retired) {
             if first {
                 self.events.milestone(Milestone::FirstInstruction);
                 first = false;
@@ -201,10 +289,15 @@ impl Vcpu {
             }
             if let Some(reason) = self.run() {
                 self.events.ended(reason);
-                self.control.wait_for_stop();
-                return;
+                self.control.wait_for_stop(&self.retired);
+                break;
             }
         }
+        self.control.leave();
+        if self.retired.load(Ordering::SeqCst) {
+            self.events.resized();
+        }
+        self.fd
     }
 
     /// Runs the guest until it ends, or somebody wishes for something else.
@@ -216,7 +309,8 @@ impl Vcpu {
                 Next::Look => {
                     // The wish is set before the flag, so one of the two is seen.
                     self.exit.set(false);
-                    if self.control.lock().wish != Wish::Run {
+                    let goes = self.retired.load(Ordering::SeqCst);
+                    if goes || self.control.lock().wish != Wish::Run {
                         return None;
                     }
                 }

@@ -4,6 +4,8 @@
 
 mod hotplug;
 
+use std::ops::Range;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
@@ -39,6 +41,8 @@ const NO_CMOS_CLOCK: u16 = 1 << 5;
 pub struct Tables {
     /// Processors; their APIC IDs count from 0.
     pub vcpus: u8,
+    /// As many as there may be later.
+    pub most_vcpus: u8,
     /// Describe the serial port, so that its driver finds it.
     pub serial: bool,
 }
@@ -83,17 +87,28 @@ impl Tables {
         for id in 0..self.vcpus {
             madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
         }
+        for id in self.hot_vcpus() {
+            let status = EnabledStatus::DisabledOnlineCapable;
+            madt.add_structure(ProcessorLocalApic::new(id, id, status));
+        }
         madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
         bytes(&madt)
+    }
+
+    /// Processors that may come and go.
+    fn hot_vcpus(&self) -> Range<u8> {
+        self.vcpus..self.most_vcpus
     }
 
     fn dsdt(&self) -> Sdt {
         let mut dsdt = Sdt::new(*b"DSDT", HEADER, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         let s5 = layout::SLEEP_TYPE_S5;
         dsdt.append_slice(&bytes(&Name::new("_S5_".into(), &Package::new(vec![&s5]))));
-        let mut devices = hotplug::registers();
+        let cpus = self.hot_vcpus();
+        let mut devices = hotplug::registers(&cpus);
+        devices.extend(hotplug::processors(&cpus));
         devices.extend(pci_host_bridge());
-        devices.extend(hotplug::event_device());
+        devices.extend(hotplug::event_device(&cpus));
         devices.extend(ecam_reservation());
         devices.extend(pvpanic());
         if self.serial {
@@ -231,8 +246,17 @@ mod tests {
     const BASE: u64 = 0xe_0000;
 
     fn image(vcpus: u8) -> Vec<u8> {
+        growing(vcpus, vcpus)
+    }
+
+    fn growing(vcpus: u8, most_vcpus: u8) -> Vec<u8> {
         let serial = true;
-        Tables { vcpus, serial }.build(BASE)
+        let tables = Tables {
+            vcpus,
+            most_vcpus,
+            serial,
+        };
+        tables.build(BASE)
     }
 
     fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -320,10 +344,32 @@ mod tests {
     }
 
     #[test]
+    fn a_processor_that_may_be_plugged_has_an_object() {
+        let image = growing(2, 4);
+        let madt = tables(&image)[2];
+        let apics: Vec<_> = madt[44..][..32].chunks(8).collect();
+        let flags: Vec<_> = apics.iter().map(|apic| u32_at(apic, 4)).collect();
+        assert_eq!(flags, [1, 1, 2, 2]);
+        let dsdt = tables(&image)[4];
+        let count = |name: &[u8]| dsdt.windows(4).filter(|at| *at == name).count();
+        // Itself, and one notification of each kind.
+        let counts = [b"CP01", b"CP02", b"CP03", b"CP04"].map(|name| count(name));
+        assert_eq!(counts, [0, 3, 3, 0]);
+        // What the guest takes for its APIC: number and ID, enabled.
+        let apic = [0, 8, 3, 3, 1, 0, 0, 0];
+        assert!(dsdt.windows(8).any(|at| at == apic));
+        assert!(!growing(2, 2).windows(4).any(|at| at == b"CHPR"));
+    }
+
+    #[test]
     fn the_tables_fit_their_place() {
         let size = layout::ACPI.end - layout::ACPI.start;
-        assert!(image(32).len() as u64 <= size);
-        let serial = false;
-        assert!(Tables { vcpus: 1, serial }.build(BASE).len() < image(1).len());
+        assert!(growing(1, 32).len() as u64 <= size);
+        let quiet = Tables {
+            vcpus: 1,
+            most_vcpus: 1,
+            serial: false,
+        };
+        assert!(quiet.build(BASE).len() < image(1).len());
     }
 }

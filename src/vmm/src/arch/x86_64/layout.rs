@@ -10,7 +10,7 @@
 //! 0xe000_0000  ECAM, bus 0
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs
-//! 0x1_0000_0000 memory above 3 GiB
+//! 0x1_0000_0000 memory above 3 GiB; behind it, what may be plugged later
 //! ```
 
 use std::iter;
@@ -78,6 +78,8 @@ pub const HOTPLUG_PORT: u16 = 0x610;
 /// The PCI slots whose devices may come and go: a method each in the tables, which the guest reads
 /// at every boot, so no more than pods have interfaces.
 pub const HOTPLUG_SLOTS: Range<u8> = 24..32;
+/// vCPU hotplug registers.
+pub const CPU_HOTPLUG_PORT: u16 = 0x620;
 /// The value that resets.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that stands for S5, power off.
@@ -92,6 +94,21 @@ pub fn memory_ranges(bytes: u64) -> Vec<Range<u64>> {
     iter::once(0..low).chain(above).collect()
 }
 
+/// Where Linux may begin to add memory: a multiple of the largest block in which it does so.
+const GROWTH_ALIGNMENT: u64 = 2 << 30;
+/// Linux uses nothing of a block that does not lie within the range, whole: its smallest.
+const GROWTH_BLOCK: u64 = 128 << 20;
+
+/// Where the memory is that a machine of `bytes` may get later, up to `most`.
+#[must_use]
+pub fn growth(bytes: u64, most: u64) -> Option<Range<u64>> {
+    let more = most.checked_sub(bytes).filter(|more| *more > 0)?;
+    let end = memory_ranges(bytes).last()?.end.max(HIGH_MEMORY);
+    let start = end.checked_next_multiple_of(GROWTH_ALIGNMENT)?;
+    let size = more.checked_next_multiple_of(GROWTH_BLOCK)?;
+    Some(start..start.checked_add(size)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,5 +119,22 @@ mod tests {
         assert_eq!(memory_ranges(GIB), [0..GIB]);
         assert_eq!(memory_ranges(3 * GIB), [0..3 * GIB]);
         assert_eq!(memory_ranges(8 * GIB), [0..3 * GIB, 4 * GIB..9 * GIB]);
+    }
+
+    #[test]
+    fn memory_grows_behind_all_that_is_there() {
+        const GIB: u64 = 1 << 30;
+        const MIB: u64 = 1 << 20;
+        assert_eq!(growth(GIB, GIB), None);
+        assert_eq!(growth(2 * GIB, GIB), None);
+        assert_eq!(
+            growth(256 * MIB, 2 * GIB),
+            Some(4 * GIB..6 * GIB - 256 * MIB)
+        );
+        assert_eq!(
+            growth(8 * GIB, 8 * GIB + 1),
+            Some(10 * GIB..10 * GIB + 128 * MIB)
+        );
+        assert_eq!(growth(GIB, u64::MAX), None);
     }
 }

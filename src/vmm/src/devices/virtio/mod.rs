@@ -7,7 +7,9 @@ mod device;
 pub mod fs;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz_input;
+pub mod mem;
 pub mod net;
+mod pages;
 mod pci;
 mod queue;
 pub mod rng;

@@ -4,10 +4,10 @@
 //! guest uses them again it finds zeroes.
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestMemoryMmap};
 
 use crate::devices::virtio::DeviceFault;
-use crate::sys::mmap;
+use crate::devices::virtio::pages::discard;
 
 /// Bytes of a page of the balloon, whatever the guest's own pages are, and bits of their number.
 const PAGE: usize = 1 << PAGE_SHIFT;
@@ -81,19 +81,4 @@ fn page_numbers(
         return Err(DeviceFault::Driver("a request ends within a page's number"));
     }
     Ok(numbers.iter().copied().map(u32::from_le_bytes).collect())
-}
-
-/// Gives the whole pages of a range of guest memory back to the host.
-fn discard(memory: &GuestMemoryMmap, address: u64, len: usize) -> Result<(), DeviceFault> {
-    let outside = |_| DeviceFault::Driver("a page lies outside of memory");
-    let slices = memory.get_slices(GuestAddress(address), len, Permissions::Write);
-    // The range may go on in the next region, which lies elsewhere on the host.
-    for slice in slices.map_err(outside)? {
-        let discarded = mmap::discard(slice.map_err(outside)?);
-        discarded.map_err(|source| DeviceFault::Host {
-            what: "can't give pages back to the host",
-            source,
-        })?;
-    }
-    Ok(())
 }

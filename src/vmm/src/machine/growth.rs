@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+//! vCPUs and memory that come and go while the machine runs.
+
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
+use kvm_ioctls::VcpuFd;
+
+use super::slots::{FIXED, Slots};
+use super::vcpu::Vcpus;
+use super::{MachineError, MachineEvents};
+use crate::arch::x86_64::vcpu::{CpuModel, VcpuSetupError};
+use crate::devices::virtio::mem::{MemDevice, Plugged, Resizer};
+use crate::devices::{Ejected, HotplugRegisters};
+use crate::interrupt::Line;
+use crate::kvm::Vm;
+
+/// Refuses a size that a machine can't have.
+pub(super) fn check(
+    what: &'static str,
+    least: u32,
+    most: u32,
+    asked: u32,
+) -> Result<(), MachineError> {
+    if (least..=most).contains(&asked) {
+        return Ok(());
+    }
+    Err(MachineError::Size {
+        what,
+        least,
+        most,
+        asked,
+    })
+}
+
+/// The vCPUs above those that the machine boots with. KVM makes one when it is plugged first, and
+/// never takes it back.
+#[derive(Debug)]
+pub(super) struct HotVcpus {
+    range: Range<u8>,
+    vcpus: Arc<Vcpus>,
+    vm: Arc<Vm>,
+    model: CpuModel,
+    registers: Arc<HotplugRegisters>,
+}
+
+impl HotVcpus {
+    /// None of `range` is plugged. Returns the registers as well.
+    pub(super) fn new(
+        range: Range<u8>,
+        vcpus: &Arc<Vcpus>,
+        vm: &Arc<Vm>,
+        model: CpuModel,
+        line: Arc<dyn Line>,
+    ) -> (Self, Arc<HotplugRegisters>) {
+        let ejected = Arc::new(Retire {
+            range: range.clone(),
+            vcpus: Arc::downgrade(vcpus),
+        });
+        let registers = Arc::new(HotplugRegisters::new(line, ejected));
+        let hot = Self {
+            range,
+            vcpus: Arc::clone(vcpus),
+            vm: Arc::clone(vm),
+            model,
+            registers: Arc::clone(&registers),
+        };
+        (hot, registers)
+    }
+
+    /// Plugs the first ones that are missing, or asks for the last ones that are there.
+    pub(super) fn resize(&self, count: u8) -> Result<(), MachineError> {
+        let (least, most) = (self.range.start, self.range.end);
+        check("vCPUs", least.into(), most.into(), count.into())?;
+        let wanted = usize::from(count.saturating_sub(least));
+        let (present, missing): (Vec<u8>, Vec<u8>) = self
+            .range
+            .clone()
+            .partition(|id| self.registers.is_present(*id));
+        let more = wanted.saturating_sub(present.len());
+        for id in missing.into_iter().take(more) {
+            self.plug(id)?;
+        }
+        let fewer = present.len().saturating_sub(wanted);
+        for id in present.into_iter().rev().take(fewer) {
+            self.registers.request_eject(id);
+        }
+        Ok(())
+    }
+
+    fn plug(&self, id: u8) -> Result<(), MachineError> {
+        let vcpu = match self.vcpus.take_retired(id) {
+            Some(vcpu) => renew(vcpu, id)?,
+            None => {
+                let vcpu = self.vm.create_vcpu(id)?;
+                self.model.set_up(&vcpu, id, None)?;
+                vcpu
+            }
+        };
+        self.vcpus.add(id, vcpu).map_err(MachineError::Thread)?;
+        self.registers.announce(id);
+        Ok(())
+    }
+}
+
+/// Has a vCPU wait for its INIT, as one that KVM has just made: INIT sets the rest.
+fn renew(vcpu: VcpuFd, id: u8) -> Result<VcpuFd, VcpuSetupError> {
+    let state = kvm_mp_state {
+        mp_state: KVM_MP_STATE_UNINITIALIZED,
+    };
+    let what = "to have it wait for INIT";
+    vcpu.set_mp_state(state)
+        .map_err(|source| VcpuSetupError { id, what, source })?;
+    Ok(vcpu)
+}
+
+/// Has vCPUs leave that the guest has let go of. Others it can't let go of.
+#[derive(Debug)]
+struct Retire {
+    range: Range<u8>,
+    /// They reach the registers, and so this.
+    vcpus: Weak<Vcpus>,
+}
+
+impl Ejected for Retire {
+    fn ejected(&self, id: u8) {
+        if let Some(vcpus) = self.vcpus.upgrade()
+            && self.range.contains(&id)
+        {
+            vcpus.retire(id);
+        }
+    }
+}
+
+/// Memory above what the machine boots with.
+#[derive(Debug)]
+pub(super) struct HotMemory {
+    booted_mib: u32,
+    size_mib: u32,
+    resizer: Resizer,
+}
+
+impl HotMemory {
+    /// Puts a device for the region at `range` in a slot.
+    pub(super) fn plug(
+        range: &Range<u64>,
+        booted_mib: u32,
+        slots: &Slots,
+        events: &Arc<dyn MachineEvents>,
+    ) -> Result<Self, MachineError> {
+        let device = MemDevice::new(range, Arc::new(Told(Arc::clone(events))));
+        let resizer = device.resizer();
+        slots.plug(FIXED, "memory".to_owned(), Box::new(device))?;
+        Ok(Self {
+            booted_mib,
+            size_mib: mib(range.end.saturating_sub(range.start)),
+            resizer,
+        })
+    }
+
+    /// Wants the guest to have `mib` in all.
+    pub(super) fn resize(&self, mib: u32) -> Result<(), MachineError> {
+        let most = self.booted_mib.saturating_add(self.size_mib);
+        check("MiB", self.booted_mib, most, mib)?;
+        let more = u64::from(mib.saturating_sub(self.booted_mib)) << 20;
+        self.resizer.request(more).map_err(MachineError::Tell)
+    }
+
+    /// What the guest has of it.
+    pub(super) fn plugged_mib(&self) -> u32 {
+        mib(self.resizer.plugged())
+    }
+}
+
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
+}
+
+/// The machine's events as the memory device knows them.
+#[derive(Debug)]
+struct Told(Arc<dyn MachineEvents>);
+
+impl Plugged for Told {
+    fn changed(&self) {
+        self.0.resized();
+    }
+}
