@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use protocols::agent::agent::{
     AddARPNeighborsRequest, CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest,
-    DestroySandboxRequest, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
-    ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest, Routes,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    Storage, TtyWinResizeRequest, UpdateContainerRequest, UpdateEphemeralMountsRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
+    DestroySandboxRequest, ExecProcessRequest, GetOOMEventRequest, OnlineCPUMemRequest,
+    PauseContainerRequest, ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest,
+    Routes, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, Storage, TtyWinResizeRequest, UpdateContainerRequest,
+    UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    WriteStreamRequest,
 };
 use protocols::agent::agent_ttrpc::AgentServiceClient;
 use protocols::agent::oci::LinuxResources;
@@ -238,6 +239,18 @@ impl Agent {
         };
         let result = self.client.update_container(self.bounded(), &request).await;
         self.answer("update the container", result).await.map(drop)
+    }
+
+    /// Brings plugged CPUs up; waits for `count` of them. Memory comes up by itself.
+    pub(crate) async fn online_cpus(&self, count: u32) -> Result<()> {
+        let request = OnlineCPUMemRequest {
+            wait: true,
+            nb_cpus: count,
+            cpu_only: true,
+            ..Default::default()
+        };
+        let result = self.client.online_cpu_mem(self.bounded(), &request).await;
+        self.answer("bring CPUs up", result).await.map(drop)
     }
 
     pub(crate) async fn stats(&self, container: &str) -> Result<StatsContainerResponse> {

@@ -64,6 +64,12 @@ pub(crate) struct Config {
     pub(crate) overhead_vcpus: f64,
     /// Memory that a machine has beside what its containers' limits ask for, in MiB.
     pub(crate) overhead_mib: u32,
+    /// Whether a machine keeps the size that it boots with.
+    pub(crate) fixed_size: bool,
+    /// Whether the memory of a machine whose size is not fixed changes, too.
+    pub(crate) virtio_mem: bool,
+    /// Whether each virtual CPU keeps to a CPU of the host, where there are as many.
+    pub(crate) pin_vcpus: bool,
     /// Whether the memory that a guest frees goes back to the host.
     pub(crate) reclaim: bool,
     /// How long the guest may trust what it has read of a shared file.
@@ -129,6 +135,9 @@ impl Config {
             most_memory_mib: None,
             overhead_vcpus: 0.0,
             overhead_mib: 64,
+            fixed_size: true,
+            virtio_mem: true,
+            pin_vcpus: false,
             reclaim: true,
             shared_cache: FsCache::Auto,
             monitor: Verbosity::at(Level::INFO),
@@ -272,6 +281,12 @@ impl Sourced {
     }
 
     fn check(&self, reasons: &mut Reasons) {
+        let host = host::memory_mib();
+        let named = self.origins.contains_key(&keys::MEMORY);
+        if named && self.config.most_memory_mib.is_none() && self.config.memory_mib > host {
+            let reason = format!("more than this host has, which is {host}");
+            self.object("default_memory", &reason, reasons);
+        }
         for (name, reason) in self.config.contradictions() {
             self.object(name, &reason, reasons);
         }

@@ -23,13 +23,16 @@ const NODES: &str = "/sys/devices/system/node/online";
 pub(super) struct Cpus {
     /// The shim's own, which its machine begins with.
     all: CpuSet,
+    /// Whether each vCPU keeps to one CPU, while there are as many.
+    pin: bool,
     containers: Mutex<HashMap<String, Option<CpuSet>>>,
 }
 
 impl Cpus {
-    pub(super) fn new() -> Result<Self> {
+    pub(super) fn new(pin: bool) -> Result<Self> {
         Ok(Self {
             all: sched_getaffinity(None).internal(|| "own CPUs".to_owned())?,
+            pin,
             containers: Mutex::default(),
         })
     }
@@ -56,6 +59,19 @@ impl Cpus {
         })
     }
 
+    /// The machine has other vCPUs than before.
+    pub(super) fn refresh(&self, pid: u32) -> Result<()> {
+        let containers = self
+            .containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let union = self.union(&containers);
+        if union == self.all {
+            return Ok(());
+        }
+        apply(pid, &union, self.pin).internal(|| "hold the machine to its CPUs".to_owned())
+    }
+
     fn change(
         &self,
         pid: u32,
@@ -70,7 +86,7 @@ impl Cpus {
         change(&mut changed);
         let after = self.union(&changed);
         if after != before {
-            apply(pid, &after)?;
+            apply(pid, &after, self.pin && after != self.all)?;
         }
         *containers = changed;
         Ok(())
@@ -94,35 +110,77 @@ impl Cpus {
     }
 }
 
+/// Every thread of the process; with `pin` each vCPU on a CPU of its own, if there are as many.
+fn apply(pid: u32, set: &CpuSet, pin: bool) -> io::Result<()> {
+    spread(pid, set)?;
+    if !pin {
+        return Ok(());
+    }
+    let vcpus = vcpus(pid)?;
+    if u32::try_from(vcpus.len()).is_ok_and(|count| count == set.count()) {
+        let cpus = (0..CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu));
+        for (thread, cpu) in vcpus.into_iter().zip(cpus) {
+            let mut one = CpuSet::new();
+            one.set(cpu);
+            hold(thread, &one)?;
+        }
+    }
+    Ok(())
+}
+
 /// Every thread of the process. One that begins meanwhile has the set of the thread that starts
 /// it, so it is done when a look finds no thread that it hasn't seen before.
-fn apply(pid: u32, set: &CpuSet) -> io::Result<()> {
+fn spread(pid: u32, set: &CpuSet) -> io::Result<()> {
     let mut seen = Vec::new();
     loop {
         let mut new = false;
-        let threads = match fs::read_dir(format!("/proc/{pid}/task")) {
-            // The machine has ended.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            threads => threads?,
-        };
-        for thread in threads {
-            let name = thread?.file_name();
-            let Some(thread) = name.to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
+        for thread in threads(pid)? {
             if !seen.contains(&thread) {
                 seen.push(thread);
                 new = true;
-                match sched_setaffinity(Pid::from_raw(thread), set) {
-                    // It has ended.
-                    Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-                    Err(error) => return Err(error.into()),
-                }
+                hold(thread, set)?;
             }
         }
         if !new {
             return Ok(());
         }
+    }
+}
+
+/// The threads of a process; none where it has ended.
+fn threads(pid: u32) -> io::Result<Vec<i32>> {
+    let entries = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut threads = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name();
+        threads.extend(name.to_str().and_then(|name| name.parse::<i32>().ok()));
+    }
+    Ok(threads)
+}
+
+/// The threads that run vCPUs, in the order of these.
+fn vcpus(pid: u32) -> io::Result<Vec<i32>> {
+    let mut vcpus = Vec::new();
+    for thread in threads(pid)? {
+        let name = fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));
+        let name = name.unwrap_or_default();
+        let number = name.trim().strip_prefix("vcpu");
+        if let Some(number) = number.and_then(|number| number.parse::<u8>().ok()) {
+            vcpus.push((number, thread));
+        }
+    }
+    vcpus.sort_unstable();
+    Ok(vcpus.into_iter().map(|(_, thread)| thread).collect())
+}
+
+fn hold(thread: i32, set: &CpuSet) -> io::Result<()> {
+    match sched_setaffinity(Pid::from_raw(thread), set) {
+        // It has ended.
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -194,7 +252,7 @@ mod tests {
             let pid = i32::try_from(child.id()).unwrap();
             sched_getaffinity(Pid::from_raw(pid)).unwrap()
         };
-        let own = Cpus::new().unwrap();
+        let own = Cpus::new(false).unwrap();
         let first = cpus(&own.all)[0];
         own.assign(child.id(), "a", &first.to_string()).unwrap();
         assert_eq!(cpus(&of()), [first]);

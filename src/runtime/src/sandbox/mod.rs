@@ -10,6 +10,7 @@ mod cmdline;
 mod cpus;
 mod files;
 mod forward;
+mod growth;
 pub(crate) mod journal;
 mod network;
 mod plan;
@@ -40,9 +41,11 @@ use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
 pub(crate) use self::files::PodFiles;
 use self::forward::Forwarder;
+use self::growth::Demand;
 use self::journal::{Journal, Object};
 pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
+pub(crate) use self::size::Limits;
 use self::size::Size;
 pub(crate) use self::vm::Ended;
 use self::vm::{Machine, Vm};
@@ -78,6 +81,7 @@ pub(crate) struct Sandbox {
     cpus: Cpus,
     /// Folders that the host changes.
     watcher: Watcher,
+    demand: Mutex<Demand>,
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
     network: Option<Arc<Mutex<Network>>>,
@@ -113,7 +117,7 @@ impl Booting {
     ///
     /// On failure nothing is left behind.
     pub(crate) fn start(id: &str, name: &str, config: Config, plan: Plan) -> Result<Self> {
-        let cpus = Cpus::new()?;
+        let cpus = Cpus::new(config.pin_vcpus)?;
         let mut journal = Journal::create(paths::journal(name))?;
         match Self::start_with(id, name, &config, &plan, &mut journal) {
             Ok(Started { share, vm, network }) => Ok(Self {
@@ -183,9 +187,9 @@ impl Booting {
         };
         let started = share.open().and_then(|directory| {
             let machine = Machine {
-                vcpus,
-                memory_mib,
-                cmdline: cmdline(config),
+                size: plan.size,
+                most: plan.most,
+                cmdline: cmdline(config, plan.most.memory_mib > memory_mib),
                 log_level: config.monitor.level(),
                 cache: config.shared_cache,
                 balloon: config.reclaim,
@@ -243,6 +247,7 @@ impl Booting {
                     plan: self.plan,
                     cpus: self.cpus,
                     watcher: Watcher::default(),
+                    demand: Mutex::default(),
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
                     namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
@@ -307,8 +312,9 @@ impl Sandbox {
             agent,
             config: Config::built_in(),
             plan: Plan::for_test(),
-            cpus: Cpus::new().unwrap(),
             watcher: Watcher::default(),
+            cpus: Cpus::new(false).unwrap(),
+            demand: Mutex::default(),
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,

@@ -12,7 +12,7 @@ use rustix::fs::statfs;
 use tracing::warn;
 
 use super::files::PodFiles;
-use super::size::Size;
+use super::size::{self, Size};
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Model, Place};
@@ -36,7 +36,10 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// A sandbox to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
+    /// What it boots with.
     pub(crate) size: Size,
+    /// What it may grow to.
+    pub(crate) most: Size,
     /// The guest's; empty leaves the kernel's own.
     pub(crate) hostname: String,
     /// Where its network is; none without.
@@ -63,8 +66,10 @@ pub(crate) struct PodPlan {
 impl Plan {
     /// For a container that has a sandbox of its own.
     pub(crate) fn single(spec: &Spec, config: &Config) -> Result<Self> {
+        let (size, most) = size::bounds(size::of_container(spec, config), config);
         Ok(Self {
-            size: Size::of_container(spec, config)?,
+            size,
+            most,
             hostname: spec.hostname.clone(),
             network: network(spec, config)?,
             pod: None,
@@ -92,8 +97,10 @@ impl Plan {
                 lines.push(line(name, words));
             }
         }
+        let (size, most) = size::bounds(size::of_resources(resources, config), config);
         Ok(Self {
-            size: Size::of_resources(resources, config)?,
+            size,
+            most,
             hostname: pod.hostname.clone(),
             network: place(Some(netns).filter(|path| !path.is_empty()), config)?,
             pod: Some(PodPlan {
@@ -126,8 +133,10 @@ impl Plan {
             Some(mount) => lines(Path::new(&mount.source))?,
             None => Vec::new(),
         };
+        let (size, most) = size::bounds(size::of_pod(&spec.annotations, config)?, config);
         Ok(Self {
-            size: Size::of_pod(&spec.annotations, config)?,
+            size,
+            most,
             hostname: spec.hostname.clone(),
             network: network(spec, config)?,
             pod: Some(PodPlan {

@@ -16,7 +16,7 @@ use tracing::{Level, debug, error, info};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
     Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Net,
-    PROTOCOL_VERSION, Request, VmConfig, Vsock,
+    PROTOCOL_VERSION, Request, Size, VmConfig, Vsock,
 };
 
 use super::binds::UNCACHED;
@@ -42,14 +42,19 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the monitor, and the guest's driver, may take for a device.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long a guest may take for a new size. One that can give no more yet takes for ever.
+const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// How much of the guest's last output an error message shows.
 const CONSOLE_LINES: usize = 6;
 
 /// What a machine is made of: sizes, and everything it uses as an open file.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    pub(crate) vcpus: u8,
-    pub(crate) memory_mib: u32,
+    /// What it boots with.
+    pub(crate) size: Size,
+    /// What it may grow to.
+    pub(crate) most: Size,
     pub(crate) cmdline: String,
     /// What the monitor logs.
     pub(crate) log_level: Level,
@@ -104,6 +109,8 @@ pub(crate) struct Vm {
     pending: Arc<Mutex<VecDeque<Answer>>>,
     ready: watch::Receiver<bool>,
     ended: watch::Receiver<Option<Ended>>,
+    /// What the guest has now, once it has anything but what it booted with.
+    size: watch::Receiver<Option<Size>>,
 }
 
 impl Vm {
@@ -137,17 +144,20 @@ impl Vm {
         let process = Arc::new(spawned.internal(context)?);
         let (ready_sender, ready) = watch::channel(false);
         let (ended_sender, ended) = watch::channel(None);
+        let (size_sender, size) = watch::channel(None);
         let vm = Self {
             process,
             pending: Arc::default(),
             ready,
             ended,
+            size,
         };
         let listener = Listener {
             process: Arc::clone(&vm.process),
             pending: Arc::clone(&vm.pending),
             ready: ready_sender,
             ended: ended_sender,
+            size: size_sender,
         };
         thread::Builder::new()
             .name("vmm-events".to_owned())
@@ -178,10 +188,10 @@ impl Vm {
         let config = VmConfig {
             version: PROTOCOL_VERSION,
             kvm: files.add(machine.kvm.as_fd()),
-            vcpus: machine.vcpus,
-            most_vcpus: machine.vcpus,
-            memory_mib: machine.memory_mib,
-            most_memory_mib: machine.memory_mib,
+            vcpus: machine.size.vcpus,
+            most_vcpus: machine.most.vcpus,
+            memory_mib: machine.size.memory_mib,
+            most_memory_mib: machine.most.memory_mib,
             boot: Boot {
                 kernel: files.add(machine.kernel.as_fd()),
                 cmdline: machine.cmdline.clone(),
@@ -231,6 +241,26 @@ impl Vm {
     pub(crate) async fn detach(&self, id: &str) -> Result<()> {
         let answer = self.request(&Request::DetachNet { id: id.to_owned() }, &[])?;
         answered(answer, || format!("detach the network device {id}")).await
+    }
+
+    /// Wants the machine to have so many vCPUs, or so much memory.
+    pub(crate) async fn resize(&self, request: Request) -> Result<()> {
+        let answer = self.request(&request, &[])?;
+        answered(answer, || "resize the machine".to_owned()).await
+    }
+
+    /// Waits, not for long, for the guest to have a size that `enough` accepts. What it has then,
+    /// unless that is what it booted with.
+    pub(crate) async fn resized(&self, enough: impl Fn(Size) -> bool) -> Option<Size> {
+        let mut size = self.size.clone();
+        let waited = size.wait_for(|size| size.is_some_and(&enough));
+        let _ = timeout(RESIZE_PATIENCE, waited).await;
+        self.size()
+    }
+
+    /// What the guest has, unless that is what it booted with.
+    pub(crate) fn size(&self) -> Option<Size> {
+        *self.size.borrow()
     }
 
     fn request(
@@ -381,6 +411,7 @@ struct Listener {
     pending: Arc<Mutex<VecDeque<Answer>>>,
     ready: watch::Sender<bool>,
     ended: watch::Sender<Option<Ended>>,
+    size: watch::Sender<Option<Size>>,
 }
 
 impl Listener {
@@ -397,7 +428,10 @@ impl Listener {
                 Ok((Event::Milestone { milestone, at_us }, _)) => {
                     info!(?milestone, at_us, "milestone");
                 }
-                Ok((Event::Size(size), _)) => info!(size.vcpus, size.memory_mib, "resized"),
+                Ok((Event::Size(size), _)) => {
+                    info!(size.vcpus, size.memory_mib, "resized");
+                    self.size.send_replace(Some(size));
+                }
                 // The connection itself says all; dropping it closes it.
                 Ok((Event::Connection { port: READY_PORT }, _)) => {
                     self.ready.send_replace(true);

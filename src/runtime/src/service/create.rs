@@ -29,7 +29,7 @@ use crate::container::io::Stdio;
 use crate::container::{Actor, Command, Parts, Pause};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::hooks::Hooks;
-use crate::sandbox::{Booting, GUEST_SHM, Plan, Sandbox, Share};
+use crate::sandbox::{Booting, GUEST_SHM, Limits, Plan, Sandbox, Share};
 use crate::spec::{self, Amended, Bind, Spec};
 use crate::volume::Volumes;
 use crate::{logging, paths};
@@ -149,6 +149,7 @@ async fn container(
     };
     let created = async {
         sandbox.assign_cpus(&request.id, &amended.cpus)?;
+        sandbox.admit(&request.id, Limits::of(&spec)).await?;
         hooks.create(sandbox.pid()).await?;
         create_in_guest(&sandbox, request, spec, &amended, &volumes).await
     };
@@ -285,6 +286,7 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
     }
     sandbox.release_cpus(id);
     sandbox.watcher().remove(id);
+    sandbox.dismiss(id);
     let (share, container) = (sandbox.share(), id.to_owned());
     if let Err(error) = blocking(move || share.remove(&container)).await {
         warn!(container = id, error = error.chain(), "not all unmounted");

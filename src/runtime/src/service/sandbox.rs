@@ -243,7 +243,7 @@ impl Service for SandboxService {
         };
         if request.verbose {
             let sandbox = self.shim.any_sandbox(&request.sandbox_id)?;
-            let size = sandbox.plan().size;
+            let size = sandbox.size();
             response.info = [
                 ("shimPid", process::id().to_string()),
                 ("vcpus", size.vcpus.to_string()),

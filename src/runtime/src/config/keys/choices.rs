@@ -105,12 +105,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         MACHINE,
-        "enable_virtio_mem",
-        Choice::Flag(false),
-        "a machine keeps the memory that it boots with",
-    ),
-    fixed(
-        MACHINE,
         "enable_guest_swap",
         Choice::Flag(false),
         "the guest has no swap",
@@ -186,12 +180,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         RUNTIME,
-        "static_sandbox_resource_mgmt",
-        Choice::Flag(true),
-        "a machine keeps the size that it boots with",
-    ),
-    fixed(
-        RUNTIME,
         "disable_new_netns",
         Choice::Flag(false),
         "a sandbox that is given no network namespace has one of its own",
@@ -232,12 +220,6 @@ pub(super) static CHOICES: &[Key] = &[
         "keep_abnormal",
         Choice::Flag(false),
         "what has failed is removed",
-    ),
-    fixed(
-        RUNTIME,
-        "enable_vcpus_pinning",
-        Choice::Flag(false),
-        "vCPUs are not pinned",
     ),
     fixed(
         RUNTIME,

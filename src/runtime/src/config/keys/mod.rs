@@ -18,6 +18,8 @@ use super::value::Read;
 
 /// The machine's keys are in the table that Kata's files use for a built-in monitor.
 const MACHINE: &str = "hypervisor.dragonball";
+/// The key that says how much memory a machine boots with.
+pub(super) const MEMORY: (&str, &str) = (MACHINE, "default_memory");
 const TEMPLATE: &str = "hypervisor.dragonball.factory";
 const AGENT: &str = "agent.kata";
 const MEMORY_AGENT: &str = "agent.kata.mem_agent";

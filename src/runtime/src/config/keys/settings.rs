@@ -135,6 +135,15 @@ pub(super) static SETTINGS: &[Key] = &[
     ),
     set(
         MACHINE,
+        "enable_virtio_mem",
+        |config| config.virtio_mem.into(),
+        |config, value| {
+            config.virtio_mem = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
         "reclaim_guest_freed_memory",
         |config| config.reclaim.into(),
         |config, value| {
@@ -252,6 +261,24 @@ pub(super) static SETTINGS: &[Key] = &[
         |config| (!config.network.vhost).into(),
         |config, value| {
             config.network.vhost = !flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
+        "static_sandbox_resource_mgmt",
+        |config| config.fixed_size.into(),
+        |config, value| {
+            config.fixed_size = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
+        "enable_vcpus_pinning",
+        |config| config.pin_vcpus.into(),
+        |config, value| {
+            config.pin_vcpus = flag(value)?;
             Ok(())
         },
     ),

@@ -299,6 +299,7 @@ impl Actor {
             hooks.poststop().await;
             sandbox.release_cpus(&id);
             sandbox.watcher().remove(&id);
+            sandbox.dismiss(&id);
             let share = sandbox.share();
             let result = match spawn_blocking(move || share.remove(&id)).await {
                 Ok(result) => result,

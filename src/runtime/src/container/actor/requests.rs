@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is asked of a container that exists: signals, terminal sizes, pause, limits, statistics.
 
+use std::sync::Arc;
+
 use protobuf::MessageField;
 use protocols::agent::agent::StatsContainerResponse;
 use protocols::agent::oci;
@@ -121,8 +123,8 @@ impl Actor {
         {
             return answer(reply, Err(error));
         }
-        let id = self.id.clone();
-        self.call(|agent| async move { answer(reply, agent.update(&id, resources).await) });
+        let (id, sandbox) = (self.id.clone(), Arc::clone(&self.sandbox));
+        tokio::spawn(async move { answer(reply, sandbox.update(&id, resources).await) });
     }
 
     pub(super) fn stats(&self, reply: Reply<StatsContainerResponse>) {
