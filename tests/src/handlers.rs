@@ -21,8 +21,13 @@ const RUNC: &str = "io.containerd.runc.v2";
 
 /// Configurations of our runtime, each the handler's whose name ends so. The first: small machines,
 /// for a pod needs no more, and the dev VM has room for several.
-const CONFIGURATIONS: [(&str, &str); 3] = [
+const CONFIGURATIONS: [(&str, &str); 4] = [
     ("", "[hypervisor.dragonball]\ndefault_memory = 256\n"),
+    (
+        "-growing",
+        "[hypervisor.dragonball]\ndefault_memory = 256\ndefault_maxmemory = 2304\n\
+         default_maxvcpus = 4\n[runtime]\nstatic_sandbox_resource_mgmt = false\n",
+    ),
     ("-unknown-key", "[runtime]\nno_such_key = 1\n"),
     (
         "-unfit-key",

@@ -23,7 +23,7 @@ pub(crate) const LOAD: &str = "load";
 pub(crate) const FILL: &str = "fill";
 
 const MOST_CPUS: u8 = 4;
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 /// Of more memory than the machine boots with, MiB that the guest uses, and that it holds on to.
 const MOST_MEMORY: u32 = 1536;
 const FILLED: u64 = 1024;

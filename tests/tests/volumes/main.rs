@@ -9,10 +9,12 @@
     reason = "this whole program is tests"
 )]
 
+mod cgroup;
 mod configuration;
 mod exercisers;
 mod files;
 mod memory;
+mod size;
 
 use std::path::Path;
 

@@ -68,6 +68,8 @@ pub(crate) struct Config {
     pub(crate) fixed_size: bool,
     /// Whether the memory of a machine whose size is not fixed changes, too.
     pub(crate) virtio_mem: bool,
+    /// Whether all of a sandbox on the host is in its own cgroup, its overhead included.
+    pub(crate) cgroup_only: bool,
     /// Whether each virtual CPU keeps to a CPU of the host, where there are as many.
     pub(crate) pin_vcpus: bool,
     /// Whether the memory that a guest frees goes back to the host.
@@ -137,6 +139,7 @@ impl Config {
             overhead_mib: 64,
             fixed_size: true,
             virtio_mem: true,
+            cgroup_only: true,
             pin_vcpus: false,
             reclaim: true,
             shared_cache: FsCache::Auto,

@@ -162,7 +162,7 @@ fn threads(pid: u32) -> io::Result<Vec<i32>> {
 }
 
 /// The threads that run vCPUs, in the order of these.
-fn vcpus(pid: u32) -> io::Result<Vec<i32>> {
+pub(super) fn vcpus(pid: u32) -> io::Result<Vec<i32>> {
     let mut vcpus = Vec::new();
     for thread in threads(pid)? {
         let name = fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));

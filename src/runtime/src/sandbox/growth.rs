@@ -93,6 +93,7 @@ impl Sandbox {
             let plugged = count.saturating_sub(now.vcpus);
             self.agent.online_cpus(plugged.into()).await?;
             self.cpus.refresh(self.pid())?;
+            self.cgroups.take_vcpus(self.pid())?;
         }
         Ok(())
     }

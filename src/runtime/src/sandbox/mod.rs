@@ -35,7 +35,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use self::cgroup::Cgroup;
+use self::cgroup::Cgroups;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
@@ -81,6 +81,7 @@ pub(crate) struct Sandbox {
     cpus: Cpus,
     /// Folders that the host changes.
     watcher: Watcher,
+    cgroups: Cgroups,
     demand: Mutex<Demand>,
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
@@ -100,6 +101,7 @@ pub(crate) struct Booting {
     config: Config,
     plan: Plan,
     cpus: Cpus,
+    cgroups: Cgroups,
     journal: Journal,
     network: Option<Network>,
     begun: Instant,
@@ -108,6 +110,7 @@ pub(crate) struct Booting {
 /// What is there from the start of the machine on.
 struct Started {
     share: Share,
+    cgroups: Cgroups,
     vm: Vm,
     network: Option<Network>,
 }
@@ -120,7 +123,13 @@ impl Booting {
         let cpus = Cpus::new(config.pin_vcpus)?;
         let mut journal = Journal::create(paths::journal(name))?;
         match Self::start_with(id, name, &config, &plan, &mut journal) {
-            Ok(Started { share, vm, network }) => Ok(Self {
+            Ok(Started {
+                share,
+                vm,
+                network,
+                cgroups,
+            }) => Ok(Self {
+                cgroups,
                 id: id.to_owned(),
                 name: name.to_owned(),
                 share: Arc::new(share),
@@ -174,10 +183,7 @@ impl Booting {
         } else {
             None
         };
-        let cgroup = match &plan.pod {
-            Some(pod) => Cgroup::create(&pod.cgroup, journal)?,
-            None => None,
-        };
+        let cgroups = Cgroups::create(&plan.cgroup, config.cgroup_only, name, journal)?;
         info!(sandbox = id, vcpus, memory_mib, "booting");
         let (network, nets) = made.unzip();
         // What is wired later is found through the machine's process.
@@ -198,11 +204,10 @@ impl Booting {
                 image,
                 share: directory,
                 vsock: vsock.into(),
-                cgroup,
                 nets: nets.unwrap_or_default(),
                 console,
             };
-            Vm::start(&machine, home)
+            Vm::start(&machine, &cgroups, home)
         });
         let recorded = started.and_then(|vm| {
             let process =
@@ -211,7 +216,12 @@ impl Booting {
             Ok(vm)
         });
         match recorded {
-            Ok(vm) => Ok(Started { share, vm, network }),
+            Ok(vm) => Ok(Started {
+                share,
+                vm,
+                network,
+                cgroups,
+            }),
             Err(error) => {
                 if let Err(error) = share.close() {
                     warn!(error = error.chain(), "shared tree not unmounted");
@@ -247,6 +257,7 @@ impl Booting {
                     plan: self.plan,
                     cpus: self.cpus,
                     watcher: Watcher::default(),
+                    cgroups: self.cgroups,
                     demand: Mutex::default(),
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
@@ -278,6 +289,7 @@ impl Booting {
             self.config.image.display()
         );
         self.vm.ready(self.config.boot_timeout, &files).await?;
+        self.cgroups.take_vcpus(self.vm.pid())?;
         let stream = dial(&paths::vsock(&self.name), AGENT_PORT).await?;
         let agent = Agent::new(stream, self.config.call_timeout, self.vm.end());
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
@@ -314,6 +326,7 @@ impl Sandbox {
             plan: Plan::for_test(),
             watcher: Watcher::default(),
             cpus: Cpus::new(false).unwrap(),
+            cgroups: Cgroups::default(),
             demand: Mutex::default(),
             stopping: AtomicBool::new(false),
             journal: Arc::default(),

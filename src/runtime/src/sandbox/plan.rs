@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) most: Size,
     /// The guest's; empty leaves the kernel's own.
     pub(crate) hostname: String,
+    /// The sandbox's cgroup on the host; empty for none.
+    pub(crate) cgroup: String,
     /// Where its network is; none without.
     pub(crate) network: Option<Place>,
     /// What the containers of a pod have in common; `None` for a container of its own.
@@ -55,8 +57,6 @@ pub(crate) struct PodPlan {
     pub(crate) dns: Vec<String>,
     /// The size of the shared memory, in bytes.
     pub(crate) shm_size: u64,
-    /// The machine's cgroup on the host; empty for none.
-    pub(crate) cgroup: String,
     /// Kernel parameters of the pod's namespaces.
     pub(crate) sysctls: HashMap<String, String>,
     /// What containerd leaves to the runtime.
@@ -71,6 +71,7 @@ impl Plan {
             size,
             most,
             hostname: spec.hostname.clone(),
+            cgroup: spec.linux.cgroups_path.clone(),
             network: network(spec, config)?,
             pod: None,
         })
@@ -102,13 +103,11 @@ impl Plan {
             size,
             most,
             hostname: pod.hostname.clone(),
+            cgroup: below(&linux.cgroup_parent, id),
             network: place(Some(netns).filter(|path| !path.is_empty()), config)?,
             pod: Some(PodPlan {
                 dns: lines,
                 shm_size: SHM_SIZE,
-                cgroup: Some(&linux.cgroup_parent)
-                    .filter(|parent| !parent.is_empty())
-                    .map_or_else(String::new, |parent| format!("{parent}/{id}")),
                 sysctls: linux.sysctls.clone(),
                 files: None,
             }),
@@ -138,11 +137,11 @@ impl Plan {
             size,
             most,
             hostname: spec.hostname.clone(),
+            cgroup: spec.linux.cgroups_path.clone(),
             network: network(spec, config)?,
             pod: Some(PodPlan {
                 dns,
                 shm_size: bind(SHM).map_or(SHM_SIZE, shm_size),
-                cgroup: spec.linux.cgroups_path.clone(),
                 sysctls: spec.linux.sysctl.clone(),
                 files: None,
             }),
@@ -167,6 +166,18 @@ impl PodPlan {
             mount_point: GUEST_SHM.to_owned(),
             ..Storage::default()
         }
+    }
+}
+
+/// A sandbox's cgroup in its pod's, as a kubelet names that: a path, or a slice of systemd's.
+fn below(parent: &str, id: &str) -> String {
+    if parent.is_empty() {
+        String::new()
+    } else if parent.ends_with(".slice") {
+        let slice = parent.rsplit('/').next().unwrap_or(parent);
+        format!("{slice}:cri-containerd:{id}")
+    } else {
+        format!("{parent}/{id}")
     }
 }
 
@@ -284,6 +295,12 @@ mod tests {
         let plan = Plan::of_config("p1", &pod, "/run/netns/n", &config).unwrap();
         assert_eq!((plan.size.vcpus, plan.size.memory_mib), (3, 1088));
         assert_eq!(plan.hostname, "web-0");
+        assert_eq!(plan.cgroup, "");
+        assert_eq!(below("/kubepods/pod1", "p1"), "/kubepods/pod1/p1");
+        assert_eq!(
+            below("/kubepods.slice/kubepods-pod1.slice", "p1"),
+            "kubepods-pod1.slice:cri-containerd:p1"
+        );
         assert_eq!(plan.network, Some(Place::At("/run/netns/n".into())));
         let dns = [
             "nameserver 10.0.0.10",

@@ -20,7 +20,7 @@ use vmm::control::{
 };
 
 use super::binds::UNCACHED;
-use super::cgroup::Cgroup;
+use super::cgroup::Cgroups;
 use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
 use crate::error::{Context, Kind, Result, ShimError};
@@ -69,8 +69,6 @@ pub(crate) struct Machine {
     pub(crate) share: OwnedFd,
     /// The listening socket of the guest's vsock.
     pub(crate) vsock: OwnedFd,
-    /// The cgroup that its process is in; the shim's without.
-    pub(crate) cgroup: Option<Cgroup>,
     /// Its network cards.
     pub(crate) nets: Vec<Device>,
     /// Where the guest's console goes; nowhere but error messages without.
@@ -116,7 +114,11 @@ pub(crate) struct Vm {
 impl Vm {
     /// Starts the process and asks it to boot. Returns at once; `ready` waits. It uses no network;
     /// in the namespace `home` it can be found by whoever wires that.
-    pub(crate) fn start(machine: &Machine, home: Option<&Namespace>) -> Result<Self> {
+    pub(crate) fn start(
+        machine: &Machine,
+        cgroups: &Cgroups,
+        home: Option<&Namespace>,
+    ) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         // It holds no path, and the environment is full of them.
         command
@@ -127,9 +129,7 @@ impl Vm {
             .current_dir("/");
         let vm = Self::spawn(command, home)?;
         // Before it has memory and threads to count.
-        if let Some(cgroup) = &machine.cgroup {
-            cgroup.take(vm.pid())?;
-        }
+        cgroups.take_machine(vm.pid())?;
         vm.boot(machine)?;
         Ok(vm)
     }

@@ -275,6 +275,15 @@ pub(super) static SETTINGS: &[Key] = &[
     ),
     set(
         RUNTIME,
+        "sandbox_cgroup_only",
+        |config| config.cgroup_only.into(),
+        |config, value| {
+            config.cgroup_only = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
         "enable_vcpus_pinning",
         |config| config.pin_vcpus.into(),
         |config, value| {
