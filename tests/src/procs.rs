@@ -116,6 +116,19 @@ impl Process {
         Ok(threads)
     }
 
+    /// Its cgroup (of version 2), which all its threads are in.
+    pub fn cgroup(&self) -> Result<String> {
+        let mut found = Vec::new();
+        for thread in self.threads()? {
+            let text = fs::read_to_string(self.path(&format!("task/{thread}/cgroup")))?;
+            let path = text.trim().strip_prefix("0::").context("no cgroup v2")?;
+            found.push(path.to_owned());
+        }
+        found.dedup();
+        ensure!(found.len() == 1, "threads of {} are in {found:?}", self.pid);
+        found.pop().context("no threads")
+    }
+
     /// Its open files.
     pub fn files(&self) -> Result<Vec<OpenFile>> {
         let mut files = Vec::new();

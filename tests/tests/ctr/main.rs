@@ -9,6 +9,7 @@
     reason = "this whole program is tests"
 )]
 
+mod cgroup;
 mod exec;
 mod lifecycle;
 mod memory;

@@ -183,3 +183,13 @@ fn a_memory_that_is_the_least_boots() -> Outcome {
         Ok(())
     })
 }
+
+#[test]
+fn a_machine_larger_than_its_host() -> Outcome {
+    vm_scenario("a_machine_larger_than_its_host", |ctr| {
+        let host = Configured::start(ctr)?;
+        let output = host.run("[hypervisor.dragonball]\ndefault_memory = 1000000000\n")?;
+        output.one_line(&["default_memory = 1000000000", "more than this host has"])?;
+        Ok(())
+    })
+}

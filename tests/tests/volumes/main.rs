@@ -9,7 +9,6 @@
     reason = "this whole program is tests"
 )]
 
-mod cgroup;
 mod configuration;
 mod exercisers;
 mod files;

@@ -25,6 +25,7 @@ impl Sandbox {
         // Held while the guest takes: sizes follow one another, and nothing else waits for them.
         let mut demand = self.demand.lock().await;
         demand.0.insert(container.to_owned(), limits);
+        self.look_at(container, limits);
         let grown = self.grow(&demand).await;
         if grown.is_err() {
             demand.0.remove(container);
@@ -38,6 +39,7 @@ impl Sandbox {
         let before = demand.0.get(container).copied().unwrap_or_default();
         let limits = before.changed_by(&resources);
         demand.0.insert(container.to_owned(), limits);
+        self.look_at(container, limits);
         let updated = match self.grow(&demand).await {
             Ok(()) => self.agent.update(container, resources).await,
             Err(error) => Err(error),
@@ -64,6 +66,19 @@ impl Sandbox {
     /// What the machine has now.
     pub(crate) fn size(&self) -> Size {
         self.vm.size().unwrap_or(self.plan.size)
+    }
+
+    /// Says of a limit that the machine won't reach.
+    fn look_at(&self, container: &str, limits: Limits) {
+        let most = self.plan.most;
+        if limits.exceed(most) {
+            warn!(
+                container,
+                ?limits,
+                ?most,
+                "the machine is smaller than the limits, and bounds them"
+            );
+        }
     }
 
     fn wanted(&self, demand: &Demand) -> Size {

@@ -124,6 +124,13 @@ impl Limits {
         }
     }
 
+    /// Whether a machine of this size can't use all of them.
+    pub(super) fn exceed(self, size: Size) -> bool {
+        let bytes = u64::from(size.memory_mib) << 20;
+        self.bytes().is_some_and(|limit| limit > bytes)
+            || self.cpus().is_some_and(|limit| limit > size.vcpus.into())
+    }
+
     fn bytes(self) -> Option<u64> {
         self.memory
             .and_then(|bytes| u64::try_from(bytes).ok())
@@ -284,6 +291,18 @@ mod tests {
         assert_eq!(sum(&[limits(1, 50_000), limits(5 << 20, 50_000)]), (2, 262));
         assert_eq!(sum(&[limits(1 << 39, 900_000)]), (4, 2048));
         assert_eq!(sum(&[limits(i64::MAX, i64::MIN)]), (1, 256));
+    }
+
+    #[test]
+    fn limits_may_be_more_than_a_machine() {
+        let size = Size {
+            vcpus: 2,
+            memory_mib: 100,
+        };
+        assert!(!limits(100 << 20, 200_000).exceed(size));
+        assert!(limits((100 << 20) + 1, -1).exceed(size));
+        assert!(limits(0, 200_001).exceed(size));
+        assert!(!limits(-1, -1).exceed(size));
     }
 
     #[test]

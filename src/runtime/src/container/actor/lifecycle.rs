@@ -281,7 +281,7 @@ impl Actor {
             Arc::clone(&self.sandbox),
             self.handle.clone(),
         );
-        let hooks = self.hooks.clone();
+        let (hooks, owns_sandbox) = (self.hooks.clone(), self.owns_sandbox);
         tokio::spawn(async move {
             if let Some(pumps) = pumps {
                 pumps.drained().await;
@@ -299,7 +299,9 @@ impl Actor {
             hooks.poststop().await;
             sandbox.release_cpus(&id);
             sandbox.watcher().remove(&id);
-            sandbox.dismiss(&id);
+            if !owns_sandbox {
+                sandbox.dismiss(&id);
+            }
             let share = sandbox.share();
             let result = match spawn_blocking(move || share.remove(&id)).await {
                 Ok(result) => result,

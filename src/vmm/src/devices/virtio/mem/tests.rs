@@ -143,7 +143,7 @@ fn requests_that_make_no_sense_change_nothing() {
         (PLUG, END - BLOCK, 2),
         (PLUG, START, u16::MAX),
         (PLUG, u64::MAX, 1),
-        (PLUG, u64::MAX & !(BLOCK - 1), u16::MAX),
+        (PLUG, !(BLOCK - 1), u16::MAX),
         (UNPLUG, START, 2),
         (UNPLUG, START + BLOCK, 0),
         (UNPLUG, START + BLOCK + 0x1000, 1),

@@ -1,32 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where a sandbox's processes are counted on the host.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tests::configured::Configured;
 use tests::ctr::{Ctr, LIMIT};
-use tests::procs::{self, Process};
+use tests::procs;
 use tests::scenario::{Outcome, vm_scenario};
 use tests::wait::until;
 
-/// The cgroup of a process, which all its threads are in.
-fn cgroup(process: &Process) -> Result<String> {
-    let mut found = Vec::new();
-    for thread in process.threads()? {
-        let text = fs::read_to_string(process.path(&format!("task/{thread}/cgroup")))?;
-        let path = text.trim().strip_prefix("0::").context("no cgroup v2")?;
-        found.push(path.to_owned());
-    }
-    found.dedup();
-    ensure!(found.len() == 1, "threads of {process:?} are in {found:?}");
-    found.pop().context("no threads")
-}
-
 /// Where shim and monitor of a container are.
 fn places(id: &str) -> Result<[String; 2]> {
-    Ok([cgroup(&procs::shim(id)?)?, cgroup(&procs::vmm(id)?)?])
+    Ok([procs::shim(id)?.cgroup()?, procs::vmm(id)?.cgroup()?])
 }
 
 fn end(ctr: &Ctr, id: &str) -> Result<()> {
