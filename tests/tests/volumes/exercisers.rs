@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+use tests::cri::LIMIT;
 use tests::cri::messages::ContainerConfig;
 use tests::node::Node;
 use tests::pod::{Pod, Spec};
@@ -197,6 +198,8 @@ fn posix(disk: &Disk, pod: &Pod, users: &[(&str, PathBuf)], only: &[String]) -> 
     }
     let container = started(pod, &privileged(config))?;
     container.wait(ALL_DONE)?;
+    // The last lines of a log come after the exit.
+    container.wait_for_log("\nSummary: ", LIMIT)?;
     container.log("stdout")
 }
 
@@ -234,6 +237,9 @@ fn exercise(node: &Node, name: &str, before: &str, options: &str) -> Result<(i32
     let config = disk.container(&pod, &script, "NUTSHELL_TEST_FSX", FSX)?;
     let container = started(&pod, &config)?;
     let code = container.wait(ALL_DONE)?;
+    if code == 0 {
+        container.wait_for_log("A-OK", LIMIT)?;
+    }
     let words = container.log("stdout")? + &container.log("stderr")?;
     // The host has what the guest had at last.
     ensure!(Path::new(&disk.folder).join("file").exists(), "no file");
