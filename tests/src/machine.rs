@@ -138,6 +138,9 @@ impl fmt::Display for Ended {
     }
 }
 
+/// What the VMM says to a request; a device that was plugged has a slot.
+type Answer = Result<Option<u8>, String>;
+
 /// A booted guest.
 #[derive(Debug)]
 pub struct Machine {
@@ -146,7 +149,7 @@ pub struct Machine {
     /// What the guest connects to, and how it ended.
     arrivals: Mutex<Receiver<(u32, UnixStream)>>,
     end: Receiver<Ended>,
-    answers: Mutex<Receiver<Result<(), String>>>,
+    answers: Mutex<Receiver<Answer>>,
     sizes: Mutex<Receiver<Size>>,
     _folder: tempfile::TempDir,
 }
@@ -241,14 +244,38 @@ impl Machine {
     pub fn attach(&self, cable: Cable) -> Result<()> {
         let mut files = Vec::new();
         let net = cable.describe(&mut files);
-        self.ask(&Request::AttachNet(net), &files)
+        self.ask(&Request::AttachNet(net), &files).map(drop)
+    }
+
+    /// Plugs a writable disk in; answers the slot that it is in.
+    ///
+    /// # Errors
+    /// The VMM says why not.
+    pub fn attach_disk(&self, id: &str, disk: Disk) -> Result<u8> {
+        let request = Request::AttachBlock(Block {
+            id: id.to_owned(),
+            file: FileIndex(0),
+            read_only: false,
+            queues: disk.queues,
+        });
+        let slot = self.ask(&request, &[disk.file])?;
+        slot.context("the answer names no slot")
+    }
+
+    /// Pulls a disk out.
+    ///
+    /// # Errors
+    /// The VMM says why not.
+    pub fn detach_disk(&self, id: &str) -> Result<()> {
+        let request = Request::DetachBlock { id: id.to_owned() };
+        self.ask(&request, &[]).map(drop)
     }
 
     /// Has the VMM do something, and waits until it has.
     ///
     /// # Errors
     /// The VMM says why not, or doesn't answer.
-    pub fn ask(&self, request: &Request, files: &[OwnedFd]) -> Result<()> {
+    pub fn ask(&self, request: &Request, files: &[OwnedFd]) -> Result<Option<u8>> {
         let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         self.process.send(request, &files)?;
@@ -326,7 +353,7 @@ fn set_patience(stream: &UnixStream) -> io::Result<()> {
 struct Told {
     arrival: Sender<(u32, UnixStream)>,
     ended: Sender<Ended>,
-    answered: Sender<Result<(), String>>,
+    answered: Sender<Answer>,
     resized: Sender<Size>,
 }
 
@@ -343,7 +370,10 @@ fn watch(process: &VmmProcess, told: &Told) {
                 let _ = told.ended.send(Ended { reason, console });
             }
             Event::Done => {
-                let _ = told.answered.send(Ok(()));
+                let _ = told.answered.send(Ok(None));
+            }
+            Event::Plugged { slot } => {
+                let _ = told.answered.send(Ok(Some(slot)));
             }
             Event::Failed(text) => {
                 let _ = told.answered.send(Err(text));

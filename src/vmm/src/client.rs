@@ -148,7 +148,7 @@ impl VmmProcess {
         }
     }
 
-    /// Sends a request; its answer, `Event::Done` or `Event::Failed`, comes by `next_event`.
+    /// Sends a request; its answer, such as `Event::Done` or `Event::Failed`, comes by `next_event`.
     ///
     /// # Errors
     /// The process is gone.

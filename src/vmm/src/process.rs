@@ -190,11 +190,25 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
                 return Ok(ExitReason::Stopped);
             }
             Request::AttachNet(net) => outcome(machine.attach_net(&net, &mut Files::new(files))),
+            Request::AttachBlock(block) => {
+                match machine.attach_block(&block, &mut Files::new(files)) {
+                    Ok(slot) => Event::Plugged { slot },
+                    Err(error) => Event::Failed(chain(&error)),
+                }
+            }
             // Answered when the guest has let go.
-            Request::DetachNet { id } => match reporter.detach(machine, &id) {
-                Ok(()) => continue,
-                Err(text) => Event::Failed(text),
-            },
+            Request::DetachNet { id } => {
+                match reporter.detach(|| machine.request_detach_net(&id)) {
+                    Ok(()) => continue,
+                    Err(text) => Event::Failed(text),
+                }
+            }
+            Request::DetachBlock { id } => {
+                match reporter.detach(|| machine.request_detach_block(&id)) {
+                    Ok(()) => continue,
+                    Err(text) => Event::Failed(text),
+                }
+            }
             Request::ResizeMemory { mib } => outcome(machine.resize_memory(mib)),
             Request::ResizeVcpus { count } => outcome(machine.resize_vcpus(count)),
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
@@ -227,15 +241,13 @@ const DETACH_PATIENCE: Duration = Duration::from_secs(20);
 
 impl Reporter {
     /// Begins a detachment, which `unplugged` or `late_detach` ends.
-    fn detach(&self, machine: &Machine, id: &str) -> Result<(), String> {
+    fn detach(&self, request: impl FnOnce() -> Result<String, MachineError>) -> Result<(), String> {
         let mut detaching = self.detaching();
         if let Some((name, _)) = &*detaching {
             return Err(format!("{name} is still on its way out"));
         }
         // Under the lock: the guest may be quick.
-        let name = machine
-            .request_detach_net(id)
-            .map_err(|error| chain(&error))?;
+        let name = request().map_err(|error| chain(&error))?;
         let until = Instant::now().checked_add(DETACH_PATIENCE);
         *detaching = until.map(|until| (name, until));
         Ok(())

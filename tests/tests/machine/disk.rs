@@ -10,14 +10,12 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
-use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount};
 use tests::machine::{Disk, Machine, Setup};
 use tests::pattern::read_line;
 use tests::sys;
 use vmm::control::ExitReason;
 
-use crate::guest::run_on;
+use crate::guest::{mount_devices, run_on};
 use crate::{CONTROL, DISK, POWER_OFF};
 
 pub(crate) const NAME: &str = "two_cpus_change_a_disk_of_two_queues";
@@ -71,13 +69,7 @@ pub(crate) fn run() -> Result<()> {
 
 /// The guest's half.
 pub(crate) fn in_guest() -> Result<()> {
-    for (kind, place) in [("sysfs", "/sys"), ("devtmpfs", "/dev")] {
-        match mount(kind, place, kind, MountFlags::empty(), None) {
-            // The kernel has done so.
-            Ok(()) | Err(Errno::BUSY) => {}
-            Err(error) => return Err(error).with_context(|| format!("mounting {place}")),
-        }
-    }
+    mount_devices()?;
     for (name, expected) in [
         ("queue/discard_max_bytes", 1 << 30),
         ("queue/write_zeroes_max_bytes", 64 * MIB),

@@ -6,6 +6,7 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 use tests::machine::READY;
@@ -13,7 +14,8 @@ use tests::pattern::read_line;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 use crate::size::{self, FILL, LOAD};
-use crate::{CONTROL, CPUS, DISK, EXIT, ONLINE, POWER_OFF, RESTART, disk};
+use crate::{CONTROL, CPUS, DISK, EXIT, HOTPLUG, ONLINE, POWER_OFF, RESTART};
+use crate::{disk, hotplug};
 
 /// Serves until it is told to exit.
 pub(crate) fn run() {
@@ -51,6 +53,7 @@ fn serve() -> Result<()> {
                 drop(memory);
                 writeln!(stream, "freed")?;
             }
+            HOTPLUG => hotplug::in_guest(stream)?,
             POWER_OFF => reboot(RebootCommand::PowerOff)?,
             RESTART => reboot(RebootCommand::Restart)?,
             EXIT => return Ok(()),
@@ -64,6 +67,18 @@ fn numbered(line: &str) -> (&str, usize) {
     let parts = line.rsplit_once(' ');
     let number = parts.and_then(|(command, number)| Some((command, number.parse().ok()?)));
     number.unwrap_or((line, 0))
+}
+
+/// Mounts what shows the machine's devices.
+pub(crate) fn mount_devices() -> Result<()> {
+    for (kind, place) in [("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        match mount(kind, place, kind, MountFlags::empty(), None) {
+            // The kernel has done so.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(error) => return Err(error).with_context(|| format!("mounting {place}")),
+        }
+    }
+    Ok(())
 }
 
 /// The numbers of the CPUs that run a thread.

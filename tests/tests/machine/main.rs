@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Machines of every size, every way in which a guest can end, a disk that the guest may change, and
-//! machines whose size changes, under a real guest kernel.
+//! Machines of every size, every way in which a guest can end, disks that the guest may change and
+//! some that come and go, and machines whose size changes, under a real guest kernel.
 //!
 //! One static binary in three roles, as the suite `vsock`: the suite, the VMM process of its
 //! machines, and the guest's init.
 
 mod disk;
 mod guest;
+mod hotplug;
 mod size;
 
 use std::io::Write;
@@ -27,6 +28,8 @@ const CPUS: &str = "cpus";
 const DISK: &str = "disk";
 /// Has the guest bring up CPUs, until there are as many as follow; then as `CPUS`.
 const ONLINE: &str = "online";
+/// Has the guest look after disks that come and go.
+const HOTPLUG: &str = "hotplug";
 const POWER_OFF: &str = "power off";
 const RESTART: &str = "restart";
 /// The guest's kernel has no use for a system without an init.
@@ -131,6 +134,8 @@ fn suite(filter: Option<&str>) -> Result<bool> {
     tests.push((disk::NAME, Box::new(disk::run)));
     tests.push(("cpus_come_and_go_under_load", Box::new(size::vcpus)));
     tests.push(("memory_comes_and_goes", Box::new(size::memory)));
+    tests.push((hotplug::COME_AND_GO, Box::new(hotplug::come_and_go)));
+    tests.push((hotplug::IN_USE, Box::new(hotplug::in_use)));
     for (name, test) in tests {
         if filter.is_some_and(|filter| !name.contains(filter)) {
             continue;

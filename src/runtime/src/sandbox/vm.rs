@@ -39,8 +39,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// vCPU or at a file system that hangs, may never go.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the monitor, and the guest's driver, may take for a device.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the monitor may take for an answer. Longer than it lets the guest's driver take, so
+/// that no answer comes when nobody waits for it any more.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a guest may take for a new size. One that can give no more yet takes for ever.
 const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
@@ -97,14 +98,18 @@ impl Ended {
     }
 }
 
-type Answer = oneshot::Sender<Result<(), String>>;
+/// What the monitor says to a request; a device that was plugged has a slot.
+type Answer = Result<Option<u8>, String>;
 
 /// A machine that was asked to boot.
 #[derive(Debug)]
 pub(crate) struct Vm {
     process: Arc<VmmProcess>,
     /// Who waits for an answer, in the order of the requests.
-    pending: Arc<Mutex<VecDeque<Answer>>>,
+    pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
+    /// Held from a request that the guest takes part in to its answer: the guest is asked one thing
+    /// at a time.
+    turn: tokio::sync::Mutex<()>,
     ready: watch::Receiver<bool>,
     ended: watch::Receiver<Option<Ended>>,
     /// What the guest has now, once it has anything but what it booted with.
@@ -148,6 +153,7 @@ impl Vm {
         let vm = Self {
             process,
             pending: Arc::default(),
+            turn: tokio::sync::Mutex::default(),
             ready,
             ended,
             size,
@@ -230,23 +236,59 @@ impl Vm {
     pub(crate) async fn attach(&self, device: &Device) -> Result<()> {
         let mut files = Files::default();
         let request = Request::AttachNet(net(device, &mut files));
-        let answer = self.request(&request, &files.list)?;
-        answered(answer, || {
-            format!("attach the network device {}", device.id)
-        })
-        .await
+        let what = || format!("attach the network device {}", device.id);
+        self.ask(&request, &files.list, what).await.map(drop)
     }
 
     /// Takes a network device from the running machine.
     pub(crate) async fn detach(&self, id: &str) -> Result<()> {
-        let answer = self.request(&Request::DetachNet { id: id.to_owned() }, &[])?;
-        answered(answer, || format!("detach the network device {id}")).await
+        let request = Request::DetachNet { id: id.to_owned() };
+        let what = || format!("detach the network device {id}");
+        self.ask(&request, &[], what).await.map(drop)
+    }
+
+    /// Gives the machine a disk on `file`; the slot that it is in.
+    pub(crate) async fn attach_disk(&self, disk: DiskSettings<'_>, file: &File) -> Result<u8> {
+        let mut files = Files::default();
+        let id = disk.id;
+        let request = Request::AttachBlock(Block {
+            id: id.to_owned(),
+            file: files.add(file.as_fd()),
+            read_only: disk.read_only,
+            queues: disk.queues,
+        });
+        let what = || format!("attach the disk {id}");
+        let slot = self.ask(&request, &files.list, what).await?;
+        slot.ok_or_else(|| ShimError::new(Kind::Internal, format!("{}: no slot", what())))
+    }
+
+    /// Takes a disk from the machine.
+    pub(crate) async fn detach_disk(&self, id: &str) -> Result<()> {
+        let request = Request::DetachBlock { id: id.to_owned() };
+        let what = || format!("detach the disk {id}");
+        self.ask(&request, &[], what).await.map(drop)
+    }
+
+    /// Sends a request and waits for its answer.
+    async fn ask(
+        &self,
+        request: &Request,
+        files: &[BorrowedFd<'_>],
+        context: impl Fn() -> String,
+    ) -> Result<Option<u8>> {
+        let _turn = self.turn.lock().await;
+        let answer = self.request(request, files)?;
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .context(Kind::DeadlineExceeded, &context)?
+            .context(Kind::Unavailable, &context)?
+            .internal(context)
     }
 
     /// Wants the machine to have so many vCPUs, or so much memory.
     pub(crate) async fn resize(&self, request: Request) -> Result<()> {
-        let answer = self.request(&request, &[])?;
-        answered(answer, || "resize the machine".to_owned()).await
+        let what = || "resize the machine".to_owned();
+        self.ask(&request, &[], what).await.map(drop)
     }
 
     /// Waits, not for long, for the guest to have a size that `enough` accepts. What it has then,
@@ -267,7 +309,7 @@ impl Vm {
         &self,
         request: &Request,
         files: &[BorrowedFd<'_>],
-    ) -> Result<oneshot::Receiver<Result<(), String>>> {
+    ) -> Result<oneshot::Receiver<Answer>> {
         let (answer, waiting) = oneshot::channel();
         // Sent under the lock: the answers come in the order of the requests.
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -367,16 +409,12 @@ impl Vm {
     }
 }
 
-/// Waits for the answer to a request.
-async fn answered(
-    answer: oneshot::Receiver<Result<(), String>>,
-    context: impl Fn() -> String,
-) -> Result<()> {
-    timeout(ANSWER_TIMEOUT, answer)
-        .await
-        .context(Kind::DeadlineExceeded, &context)?
-        .context(Kind::Unavailable, &context)?
-        .internal(context)
+/// A disk as the guest is to see it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DiskSettings<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) read_only: bool,
+    pub(crate) queues: u16,
 }
 
 /// A network device as the monitor is told of it.
@@ -408,7 +446,7 @@ impl<'a> Files<'a> {
 /// The thread that hears the monitor, to its end.
 struct Listener {
     process: Arc<VmmProcess>,
-    pending: Arc<Mutex<VecDeque<Answer>>>,
+    pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
     ready: watch::Sender<bool>,
     ended: watch::Sender<Option<Ended>>,
     size: watch::Sender<Option<Size>>,
@@ -420,7 +458,8 @@ impl Listener {
         let mut failure = None;
         loop {
             match self.process.next_event() {
-                Ok((Event::Done, _)) => self.answer(Ok(())),
+                Ok((Event::Done, _)) => self.answer(Ok(None)),
+                Ok((Event::Plugged { slot }, _)) => self.answer(Ok(Some(slot))),
                 Ok((Event::Failed(reason), _)) => {
                     failure = Some(reason.clone());
                     self.answer(Err(reason));
@@ -467,7 +506,7 @@ impl Listener {
             .clear();
     }
 
-    fn answer(&self, result: Result<(), String>) {
+    fn answer(&self, result: Answer) {
         let next = self
             .pending
             .lock()

@@ -4,14 +4,14 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileIndex(pub u32);
 
-/// What the owner asks of the VMM. Each request is answered by exactly one event:
-/// `Event::Done` or `Event::Failed`.
+/// What the owner asks of the VMM. Each request is answered by exactly one event: `Event::Done`,
+/// or `Event::Plugged` where that is said, or `Event::Failed`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Builds the machine and starts it. The first request, once.
@@ -44,6 +44,16 @@ pub enum Request {
         /// How many.
         count: u8,
     },
+    /// Adds a disk to the running machine. The answer is the slot that it is in; as with a network
+    /// device, the guest's driver may not be there yet.
+    AttachBlock(Block),
+    /// Takes a disk away that came with `AttachBlock`. Done means that the guest's driver has let
+    /// go of it and its file is closed. The guest loses it whether it is mounted or not: that
+    /// nobody uses it any more is for the owner to see to.
+    DetachBlock {
+        /// Its `Block::id`.
+        id: String,
+    },
     /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
     Stop,
 }
@@ -65,7 +75,7 @@ pub struct VmConfig {
     pub most_memory_mib: u32,
     /// Kernel and its command line.
     pub boot: Boot,
-    /// Block devices in order; the first is `/dev/vda`.
+    /// Block devices that stay, in order; the first is `/dev/vda`.
     pub blocks: Vec<Block>,
     /// Shared file systems.
     pub filesystems: Vec<Filesystem>,
@@ -177,6 +187,11 @@ pub enum Console {
 pub enum Event {
     /// The request was carried out.
     Done,
+    /// The request was carried out, and the device is in this slot of PCI bus 0.
+    Plugged {
+        /// Its device number.
+        slot: u8,
+    },
     /// The request failed; the text is the whole chain of causes, naming the object.
     Failed(String),
     /// The machine came to this point.

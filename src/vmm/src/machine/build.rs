@@ -20,7 +20,9 @@ use crate::arch::x86_64::kernel::Kernel;
 use crate::arch::x86_64::vcpu::CpuModel;
 use crate::arch::x86_64::{layout, pvh};
 use crate::bus::{Bus, BusDevice};
-use crate::control::{Boot, Console, ExitReason, FileIndex, FsCache, Milestone, Net, VmConfig};
+use crate::control::{
+    Block, Boot, Console, ExitReason, FileIndex, FsCache, Milestone, Net, VmConfig,
+};
 use crate::devices::virtio::balloon::BalloonDevice;
 use crate::devices::virtio::block::BlockDevice;
 use crate::devices::virtio::fs::{Fs, FsConfig, open_file_quota};
@@ -196,13 +198,7 @@ fn devices(
 ) -> Result<Vec<Named>, MachineError> {
     let mut devices: Vec<Named> = Vec::new();
     for block in &config.blocks {
-        let file = File::from(files.take(block.file)?);
-        let device = BlockDevice::new(&block.id, file, block.read_only, block.queues);
-        let device = device.map_err(|source| MachineError::Block {
-            id: block.id.clone(),
-            source,
-        })?;
-        devices.push((format!("block {}", block.id), Box::new(device)));
+        devices.push(block_device(block, files)?);
     }
     let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
     for filesystem in &config.filesystems {
@@ -236,6 +232,22 @@ fn devices(
         devices.push(("balloon".to_owned(), Box::new(BalloonDevice::new())));
     }
     Ok(devices)
+}
+
+/// A disk with its name.
+pub(super) fn block_device(block: &Block, files: &mut Files) -> Result<Named, MachineError> {
+    let file = File::from(files.take(block.file)?);
+    let device = BlockDevice::new(&block.id, file, block.read_only, block.queues);
+    let device = device.map_err(|source| MachineError::Block {
+        id: block.id.clone(),
+        source,
+    })?;
+    Ok((block_name(&block.id), Box::new(device)))
+}
+
+/// The name of disk `id` among all devices.
+pub(super) fn block_name(id: &str) -> String {
+    format!("block {id}")
 }
 
 /// A network device with its name.

@@ -23,7 +23,7 @@ use crate::arch::x86_64::layout;
 use crate::arch::x86_64::pvh::StartInfoError;
 use crate::arch::x86_64::vcpu::VcpuSetupError;
 use crate::bus::RangeTaken;
-use crate::control::{ExitReason, Milestone, Net, Size};
+use crate::control::{Block, ExitReason, Milestone, Net, Size};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::fs::FsError;
 use crate::devices::virtio::net::NetError;
@@ -202,13 +202,35 @@ impl Machine {
         Ok(())
     }
 
+    /// Adds a disk, and tells its slot; the guest is told.
+    ///
+    /// # Errors
+    /// See `MachineError`.
+    pub fn attach_block(&self, block: &Block, files: &mut Files) -> Result<u8, MachineError> {
+        let (name, device) = build::block_device(block, files)?;
+        let slot = self.slots.plug(layout::HOTPLUG_SLOTS, name, device)?;
+        self.hotplug.announce(slot);
+        Ok(slot)
+    }
+
     /// Asks the guest to let go of network device `id`. When it has, `MachineEvents::unplugged`
     /// tells the name that is returned here.
     ///
     /// # Errors
     /// There is no such device.
     pub fn request_detach_net(&self, id: &str) -> Result<String, MachineError> {
-        let name = build::net_name(id);
+        self.request_detach(build::net_name(id))
+    }
+
+    /// The same of disk `id`.
+    ///
+    /// # Errors
+    /// There is no such disk, or it is one that stays.
+    pub fn request_detach_block(&self, id: &str) -> Result<String, MachineError> {
+        self.request_detach(build::block_name(id))
+    }
+
+    fn request_detach(&self, name: String) -> Result<String, MachineError> {
         let Some(slot) = self.slots.find(&name) else {
             return Err(MachineError::Missing(name));
         };
