@@ -10,10 +10,12 @@
 mod cgroup;
 mod cmdline;
 mod container;
+mod disk;
 mod engine;
 mod error;
 mod forward;
 mod init;
+mod kernel_events;
 mod mount;
 mod network;
 mod pci;

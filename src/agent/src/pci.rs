@@ -41,13 +41,22 @@ impl Path {
 
     /// The name of the network interface there, once the kernel has one.
     pub(crate) fn net_device(&self) -> Option<String> {
+        self.device("net")
+    }
+
+    /// The name of the disk there, once the kernel has one.
+    pub(crate) fn block_device(&self) -> Option<String> {
+        self.device("block")
+    }
+
+    fn device(&self, class: &str) -> Option<String> {
         let device = self.folder(PathBuf::from(ROOT))?;
         let mut folders = vec![device.clone()];
-        // Between a virtio device and its interface is the virtio bus.
+        // Between a virtio function and its device is the virtio bus.
         folders.extend(children(&device, |name| name.starts_with("virtio")));
         folders
             .iter()
-            .flat_map(|folder| children(&folder.join("net"), |_| true))
+            .flat_map(|folder| children(&folder.join(class), |_| true))
             .find_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
     }
 

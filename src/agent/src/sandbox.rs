@@ -59,7 +59,7 @@ impl Sandbox {
         let (oom_sender, oom_events) = mpsc::channel(PENDING_EVENTS);
         Self {
             launcher: Launcher::new(reaper, parameters.launch_timeout),
-            storages: Storages::default(),
+            storages: Storages::new(parameters.hotplug_timeout),
             hotplug_timeout: parameters.hotplug_timeout,
             containers: Mutex::default(),
             created: Mutex::default(),

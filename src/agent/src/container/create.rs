@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use super::{Container, Entry, Process, Stage};
 use crate::cgroup::{Cgroup, OutOfMemory};
+use crate::disk;
 use crate::engine::{self, ContainerPlan, Joins, Launched, Namespace};
 use crate::error::{AgentError, Context as _, Result};
 use crate::reaper::ended;
@@ -24,12 +25,16 @@ use crate::sandbox::{Pids, Sandbox};
 ///
 /// What can't be honoured, a name that is taken, or the first step that failed; nothing is left
 /// behind then.
-pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerRequest) -> Result<()> {
+pub(crate) async fn create(
+    sandbox: &Arc<Sandbox>,
+    mut request: CreateContainerRequest,
+) -> Result<()> {
     check(&request)?;
     let spec = request
         .OCI
-        .as_ref()
+        .as_mut()
         .ok_or_else(|| AgentError::invalid("OCI: missing"))?;
+    disk::resolve(&request.devices, spec, sandbox.hotplug_timeout).await?;
     let (mut plan, joins) = engine::container(spec)?;
     let reservation = sandbox.reserve(&request.container_id)?;
     let pids = match (request.sandbox_pidns, is_pause(spec)) {
@@ -145,12 +150,6 @@ fn check(request: &CreateContainerRequest) -> Result<()> {
         return Err(AgentError::unsupported(
             "stdin_port, stdout_port, stderr_port: streams are read and written by calls",
         ));
-    }
-    if let Some(device) = request.devices.first() {
-        return Err(AgentError::unsupported(format!(
-            "device type {:?} is not supported",
-            device.type_
-        )));
     }
     if !request.shared_mounts.is_empty() {
         return Err(AgentError::unsupported("shared_mounts is not supported"));

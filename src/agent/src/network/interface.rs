@@ -13,8 +13,9 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::address::{self, Network};
-use super::netlink::{CREATE, LinkEvents, Message, Netlink, REPLACE, number};
+use super::netlink::{CREATE, Message, Netlink, REPLACE, number};
 use crate::error::{AgentError, Context as _, Result};
+use crate::kernel_events::KernelEvents;
 use crate::pci;
 
 /// `struct ifinfomsg`: family, type, index, flags, change mask.
@@ -123,7 +124,7 @@ impl Wanted {
 
 /// A plugged device becomes an interface in the kernel's own time, and the kernel tells.
 async fn appeared(place: &Place, patience: Duration) -> Result<Link> {
-    let events = LinkEvents::listen().context(|| "listen to interfaces")?;
+    let events = KernelEvents::of_links().context(|| "listen to interfaces")?;
     let deadline = Instant::now()
         .checked_add(patience)
         .unwrap_or_else(Instant::now);

@@ -11,11 +11,6 @@ use rustix::net::{
     AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto,
     socket_with,
 };
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-
-use crate::sys;
-
 /// `struct nlmsghdr`: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
 /// `struct rtattr`: length and type.
@@ -135,41 +130,6 @@ impl Netlink {
         let (length, _) = recv(&self.0, &mut *buffer, RecvFlags::empty())?;
         buffer.truncate(length);
         Ok(buffer)
-    }
-}
-
-/// Tells when interfaces come, go or change.
-#[derive(Debug)]
-pub(super) struct LinkEvents(AsyncFd<OwnedFd>);
-
-impl LinkEvents {
-    pub(super) fn listen() -> io::Result<Self> {
-        /// `RTMGRP_LINK`.
-        const LINKS: u32 = 1;
-        let socket = socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            ROUTING,
-        )?;
-        bind(&socket, &SocketAddrNetlink::new(0, LINKS))?;
-        Ok(Self(sys::watch::watch(socket, Interest::READABLE)?))
-    }
-
-    /// Waits for events, and takes all that are there.
-    pub(super) async fn next(&self) -> io::Result<()> {
-        let mut ready = self.0.readable().await?;
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            match recv(self.0.get_ref(), &mut *buffer, RecvFlags::empty()) {
-                // More events than fit are events as well.
-                Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        ready.clear_ready();
-        Ok(())
     }
 }
 

@@ -13,6 +13,7 @@ use protocols::agent::agent::{
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::time::{Instant, sleep};
 
+use crate::disk;
 use crate::error::{AgentError, Context as _, Result};
 use crate::storage;
 use crate::sys;
@@ -36,6 +37,7 @@ pub(super) fn details(request: &GuestDetailsRequest) -> Result<GuestDetailsRespo
     response.agent_details = Some(AgentDetails {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         init_daemon: rustix::process::getpid().is_init(),
+        device_handlers: disk::DEVICE_TYPES.map(str::to_owned).to_vec(),
         storage_handlers: storage::DRIVERS.map(str::to_owned).to_vec(),
         supports_seccomp: true,
         ..AgentDetails::default()

@@ -11,14 +11,16 @@ use rustix::fs::{Gid, ResolveFlags};
 use rustix::mount::{UnmountFlags, unmount};
 use tracing::warn;
 
+use super::disk;
 use super::huge::HugePages;
 use super::watched::{self, Refusal, Watched};
 use crate::error::{AgentError, Context as _, Kind, Result};
 use crate::mount::{self, MountOptions, Target};
 
 /// Drivers of this agent, as AgentDetails lists them.
-pub(crate) const DRIVERS: [&str; 6] = [
+pub(crate) const DRIVERS: [&str; 7] = [
     "virtio-fs",
+    disk::DRIVER,
     "ephemeral",
     "local",
     "bind",
@@ -38,6 +40,8 @@ const OVERLAY_READ_WRITE: &str = "io.katacontainers.fs-opt.overlay-rw";
 pub(crate) enum Mounted {
     /// Something is mounted there.
     Mount(PathBuf),
+    /// A file system on a disk is mounted there.
+    Disk { point: PathBuf, device: PathBuf },
     /// A folder, whose content belongs to its file system.
     Folder,
     /// A copy of a folder is mounted there.
@@ -57,6 +61,7 @@ impl Mounted {
         };
         match self {
             Self::Mount(path) => away(&path),
+            Self::Disk { point, device } => disk::unmount(&point, &device),
             Self::Folder => Ok(()),
             Self::Copy(path, copy) => away(&path).and_then(|()| copy.remove()),
             Self::Huge(path, pages) => away(&path).and_then(|()| pages.give_back()),
@@ -79,6 +84,7 @@ pub(crate) fn mount(storage: &Storage) -> Result<Mounted> {
     }
     let done = match storage.driver.as_str() {
         "virtio-fs" => filesystem(storage, "virtiofs", &storage.options),
+        disk::DRIVER => disk::mount(storage),
         "ephemeral" => ephemeral(storage),
         "local" => local(storage),
         "bind" => bind(storage),
@@ -88,15 +94,18 @@ pub(crate) fn mount(storage: &Storage) -> Result<Mounted> {
             "storage driver {other:?} is not supported"
         ))),
     };
-    done.map_err(|error| {
-        let line = format!(
-            "storage {:?} on {:?}: {}",
-            storage.driver,
-            storage.mount_point,
-            error.line()
-        );
-        AgentError::new(error.kind(), line)
-    })
+    done.map_err(|error| named(storage, &error))
+}
+
+/// An error with the storage that it is about.
+pub(super) fn named(storage: &Storage, error: &AgentError) -> AgentError {
+    let line = format!(
+        "storage {:?} on {:?}: {}",
+        storage.driver,
+        storage.mount_point,
+        error.line()
+    );
+    AgentError::new(error.kind(), line)
 }
 
 fn filesystem(storage: &Storage, default_type: &str, options: &[String]) -> Result<Mounted> {
@@ -271,7 +280,7 @@ fn overlay(storage: &Storage) -> Result<Mounted> {
     attach(storage, "overlay", &MountOptions::parse(&options)?)
 }
 
-fn target(storage: &Storage, kind: Target) -> Result<rustix::fd::OwnedFd> {
+pub(super) fn target(storage: &Storage, kind: Target) -> Result<rustix::fd::OwnedFd> {
     mount::create_beneath(Path::new(&storage.mount_point), kind).context(|| "mount point")
 }
 
@@ -296,7 +305,7 @@ fn take_group(storage: &Storage) -> Result<(Option<Gid>, Vec<String>)> {
     Ok((group, options))
 }
 
-/// A group's ownership of existing content is not part of this agent yet.
+/// Who owns what is in them is for whoever made it to say.
 fn refuse_group(storage: &Storage) -> Result<()> {
     if storage.fs_group.is_some() {
         return Err(AgentError::new(

@@ -3,13 +3,16 @@
 //!
 //! A mount point that several containers name is mounted once and counted.
 
+mod disk;
 mod driver;
+mod group;
 mod huge;
 mod watched;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use protocols::agent::agent::Storage;
 use tokio::task::spawn_blocking;
@@ -18,11 +21,14 @@ use tracing::warn;
 pub(crate) use driver::DRIVERS;
 use driver::Mounted;
 
+use crate::disk::Disk;
 use crate::error::{AgentError, Kind, Result};
 
 /// All storages of the sandbox.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Storages {
+    /// How long a plugged disk may take to appear.
+    patience: Duration,
     points: Mutex<HashMap<PathBuf, Arc<Point>>>,
 }
 
@@ -42,6 +48,13 @@ struct Users {
 pub(crate) struct Held(Vec<PathBuf>);
 
 impl Storages {
+    pub(crate) fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            points: Mutex::default(),
+        }
+    }
+
     /// Mounts all of `wanted`; on failure none of them stays.
     ///
     /// # Errors
@@ -62,11 +75,16 @@ impl Storages {
         Ok(held)
     }
 
-    async fn add_one(&self, path: PathBuf, storage: Storage) -> Result<()> {
+    async fn add_one(&self, path: PathBuf, mut storage: Storage) -> Result<()> {
         let point = self.point(&path);
         let mut users = point.lock().await;
         let shared = storage.shared;
         if users.storage.is_none() {
+            if storage.driver == disk::DRIVER {
+                let found = Disk::await_at(&storage.source, self.patience).await;
+                let found = found.map_err(|error| driver::named(&storage, &error))?;
+                storage.source = found.path.display().to_string();
+            }
             let mounted = blocking(move || driver::mount(&storage)).await?;
             users.storage = Some(mounted);
         }
