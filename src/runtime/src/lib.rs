@@ -13,6 +13,7 @@ mod cli;
 mod config;
 mod container;
 mod delete;
+mod disk;
 mod error;
 mod events;
 mod hooks;

@@ -76,6 +76,10 @@ pub(crate) struct Config {
     pub(crate) reclaim: bool,
     /// How long the guest may trust what it has read of a shared file.
     pub(crate) shared_cache: FsCache,
+    /// Whether disks go past the host's page cache.
+    pub(crate) direct_disks: bool,
+    /// The most queues of a disk.
+    pub(crate) disk_queues: u16,
     /// What the monitor logs; in detail, the guest's console goes to the log, too.
     pub(crate) monitor: Verbosity,
     /// What the agent logs.
@@ -143,6 +147,8 @@ impl Config {
             pin_vcpus: false,
             reclaim: true,
             shared_cache: FsCache::Auto,
+            direct_disks: false,
+            disk_queues: 1,
             monitor: Verbosity::at(Level::INFO),
             agent: Verbosity::at(Level::WARN),
             log: Verbosity::at(Level::INFO),

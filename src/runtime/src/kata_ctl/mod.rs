@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `kata-ctl`: what the runtime would go by, and whether this host has what it needs.
+//! `kata-ctl`: what the runtime would go by, whether this host has what it needs, and what storage
+//! drivers tell it.
 
 mod check;
 mod environment;
@@ -7,9 +8,10 @@ mod show;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::{Named, Sourced};
+use crate::disk;
 use crate::error::{Kind, Result, ShimError};
 
 const HELP: &str = "\
@@ -19,12 +21,16 @@ commands:
   config   the configuration in effect as TOML, and where each value comes from
   check    whether this host can run containers in machines; says what fails
   env      versions, files and the host in TOML
+  direct-volume add     a volume's path stands for a file system on a disk, which guests mount
+  direct-volume remove  it does so no longer
   version  this program's version
 
 options:
   --file FILE               of config, check, env: this configuration file
   --annotation NAME=VALUE   of config: as if a pod had it (may be repeated)
   --json                    of env: JSON
+  --volume-path PATH        of direct-volume: what is bound into containers
+  --mount-info JSON         of direct-volume add: device, fstype, options and so on
 ";
 
 /// The command line.
@@ -34,6 +40,8 @@ struct Arguments {
     file: Option<PathBuf>,
     annotations: HashMap<String, String>,
     json: bool,
+    volume: Option<PathBuf>,
+    mount_info: Option<String>,
 }
 
 /// Runs a command; what it prints, and whether all is well.
@@ -47,6 +55,14 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<(String, 
         }
         "check" => Ok(check::run(arguments.read())),
         "env" => environment::describe(&arguments.read()?, arguments.json).map(|it| (it, true)),
+        "direct-volume add" => {
+            let info = arguments.mount_info.as_deref();
+            let info = info.ok_or_else(|| missing("--mount-info"))?;
+            disk::add_volume(arguments.volume()?, info).map(|()| (String::new(), true))
+        }
+        "direct-volume remove" => {
+            disk::remove_volume(arguments.volume()?).map(|()| (String::new(), true))
+        }
         "version" => Ok((
             format!("kata-ctl (Nutshell) {}\n", env!("CARGO_PKG_VERSION")),
             true,
@@ -58,6 +74,11 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<(String, 
 impl Arguments {
     fn read(&self) -> Result<Sourced> {
         Sourced::read(self.file.clone().map(Named::File))
+    }
+
+    fn volume(&self) -> Result<&Path> {
+        let volume = self.volume.as_deref();
+        volume.ok_or_else(|| missing("--volume-path"))
     }
 }
 
@@ -71,14 +92,21 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
         .next()
         .transpose()?
         .unwrap_or_else(|| "help".to_owned());
+    if parsed.command == "direct-volume" {
+        let action = words.next().transpose()?.unwrap_or_default();
+        parsed.command = format!("direct-volume {action}");
+    }
     let options: &[&str] = match parsed.command.as_str() {
         "config" => &["--file", "--annotation"],
         "check" => &["--file"],
         "env" => &["--file", "--json"],
+        "direct-volume add" => &["--volume-path", "--mount-info"],
+        "direct-volume remove" => &["--volume-path"],
         "version" | "--version" | "help" | "--help" | "-h" => &[],
         other => {
             return Err(invalid(format!(
-                "unknown command {other:?}: there are config, check, env, version, help"
+                "unknown command {other:?}: there are config, check, env, direct-volume add, \
+                 direct-volume remove, version, help"
             )));
         }
     };
@@ -102,16 +130,23 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
                 .transpose()?
                 .ok_or_else(|| invalid(format!("{name} wants a value")))?,
         };
-        if name == "--file" {
-            parsed.file = Some(value.into());
-        } else {
-            let (name, value) = value
-                .split_once('=')
-                .ok_or_else(|| invalid(format!("--annotation {value:?}: wants NAME=VALUE")))?;
-            parsed.annotations.insert(name.to_owned(), value.to_owned());
+        match name {
+            "--file" => parsed.file = Some(value.into()),
+            "--volume-path" => parsed.volume = Some(value.into()),
+            "--mount-info" => parsed.mount_info = Some(value),
+            _ => {
+                let (name, value) = value
+                    .split_once('=')
+                    .ok_or_else(|| invalid(format!("--annotation {value:?}: wants NAME=VALUE")))?;
+                parsed.annotations.insert(name.to_owned(), value.to_owned());
+            }
         }
     }
     Ok(parsed)
+}
+
+fn missing(option: &str) -> ShimError {
+    invalid(format!("{option} is missing"))
 }
 
 fn invalid(context: String) -> ShimError {
@@ -134,12 +169,24 @@ mod tests {
         assert_eq!(parsed.annotations.get("a").map(String::as_str), Some("b=c"));
         assert_eq!(parsed.annotations.get("d").map(String::as_str), Some("e"));
         assert!(arguments("env --json").unwrap().json);
+        let parsed = arguments("direct-volume add --volume-path /v --mount-info {}").unwrap();
+        assert_eq!(parsed.command, "direct-volume add");
+        assert_eq!(parsed.volume, Some("/v".into()));
+        assert_eq!(parsed.mount_info.as_deref(), Some("{}"));
     }
 
     #[test]
     fn unknown_words_are_refused() {
         for (line, reason) in [
             ("exec", "unknown command \"exec\": there are config, "),
+            (
+                "direct-volume",
+                "unknown command \"direct-volume \": there are ",
+            ),
+            (
+                "direct-volume remove --mount-info x",
+                "knows no \"--mount-info\"",
+            ),
             ("check --json", "check knows no \"--json\""),
             ("config --file", "--file wants a value"),
             (

@@ -8,6 +8,7 @@ mod binds;
 mod cgroup;
 mod cmdline;
 mod cpus;
+mod disks;
 mod files;
 mod forward;
 mod growth;
@@ -39,6 +40,8 @@ use self::cgroup::Cgroups;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
+use self::disks::Disks;
+pub(crate) use self::disks::InGuest;
 pub(crate) use self::files::PodFiles;
 use self::forward::Forwarder;
 use self::growth::Demand;
@@ -51,6 +54,7 @@ pub(crate) use self::vm::Ended;
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::disk::Wanted;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Namespace, Network, Place};
 use crate::paths;
@@ -83,6 +87,7 @@ pub(crate) struct Sandbox {
     watcher: Watcher,
     cgroups: Cgroups,
     demand: Mutex<Demand>,
+    disks: Disks,
     stopping: AtomicBool,
     journal: Arc<Mutex<Option<Journal>>>,
     network: Option<Arc<Mutex<Network>>>,
@@ -102,6 +107,7 @@ pub(crate) struct Booting {
     plan: Plan,
     cpus: Cpus,
     cgroups: Cgroups,
+    disks: Disks,
     journal: Journal,
     network: Option<Network>,
     begun: Instant,
@@ -134,6 +140,10 @@ impl Booting {
                 name: name.to_owned(),
                 share: Arc::new(share),
                 vm,
+                disks: Disks::new(
+                    config.direct_disks,
+                    config.disk_queues.min(plan.size.vcpus.into()),
+                ),
                 config,
                 plan,
                 cpus,
@@ -236,6 +246,15 @@ impl Booting {
         Arc::clone(&self.share)
     }
 
+    /// Plugs in the disks of the first container: the guest finds them as it boots.
+    pub(crate) async fn attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<InGuest> {
+        self.disks.attach(&self.vm, container, wanted).await
+    }
+
     /// Waits for the agent and sets the sandbox up in the guest.
     pub(crate) async fn finish(mut self) -> Result<Sandbox> {
         // While the guest boots.
@@ -259,6 +278,7 @@ impl Booting {
                     watcher: Watcher::default(),
                     cgroups: self.cgroups,
                     demand: Mutex::default(),
+                    disks: self.disks,
                     stopping: AtomicBool::new(false),
                     journal: Arc::new(Mutex::new(Some(self.journal))),
                     namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
@@ -328,6 +348,7 @@ impl Sandbox {
             cpus: Cpus::new(false).unwrap(),
             cgroups: Cgroups::default(),
             demand: Mutex::default(),
+            disks: Disks::new(false, 1),
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,
@@ -371,6 +392,20 @@ impl Sandbox {
     /// Folders of the host that the guest has copies of.
     pub(crate) fn watcher(&self) -> &Watcher {
         &self.watcher
+    }
+
+    /// Gives the machine what a container wants of the host's disks.
+    pub(crate) async fn attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<InGuest> {
+        self.disks.attach(&self.vm, container, wanted).await
+    }
+
+    /// Takes back the disks that only a container used which is gone.
+    pub(crate) async fn detach_disks(&self, container: &str) {
+        self.disks.detach(&self.vm, container).await;
     }
 
     /// The machine's process.

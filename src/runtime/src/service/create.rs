@@ -27,9 +27,10 @@ use crate::cli::check_id;
 use crate::config::Config;
 use crate::container::io::Stdio;
 use crate::container::{Actor, Command, Parts, Pause};
+use crate::disk::{self, Wanted};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::hooks::Hooks;
-use crate::sandbox::{Booting, GUEST_SHM, Limits, Plan, Sandbox, Share};
+use crate::sandbox::{Booting, GUEST_SHM, InGuest, Limits, Plan, Sandbox, Share};
 use crate::spec::{self, Amended, Bind, Spec};
 use crate::volume::Volumes;
 use crate::{logging, paths};
@@ -109,7 +110,7 @@ async fn pod(
 ) -> Result<Arc<Sandbox>> {
     let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
     let plan = Plan::pod(spec, &config)?;
-    let sandbox = boot(shim, id, config, plan, |_| Ok(())).await?;
+    let (sandbox, _) = boot(shim, id, config, plan, Vec::new(), |_| Ok(())).await?;
     if let Err(error) = hooks.create(sandbox.pid()).await {
         shim.abandon();
         stop(&sandbox).await;
@@ -129,29 +130,33 @@ async fn container(
     hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
     let rootfs = Rootfs::new(request, bundle, &spec);
-    let (sandbox, amended, volumes) = if let Membership::Member(id) = membership {
+    let (sandbox, amended, volumes, disks) = if let Membership::Member(id) = membership {
         let sandbox = shim.sandbox(id)?;
         sandbox.config().check_member(&spec.annotations)?;
-        let mut amended = amend(&mut spec, &request.id, sandbox.config(), Some(&sandbox))?;
+        let mut amended = amend(&mut spec, &rootfs, sandbox.config(), Some(&sandbox))?;
+        let wanted = wanted(&rootfs, &mut amended, &mut spec)?;
         let volumes = volumes(&request.id, &mut amended, &spec).await?;
         let (share, binds) = (sandbox.share(), volumes.shared.clone());
         blocking(move || rootfs.mount(&share, &binds)).await?;
-        (sandbox, amended, volumes)
+        let disks = sandbox.attach_disks(&request.id, wanted).await;
+        (sandbox, amended, volumes, disks)
     } else {
         let config = Config::for_sandbox(request.options.as_ref(), &spec.annotations)?;
         let plan = Plan::single(&spec, &config)?;
-        let mut amended = amend(&mut spec, &request.id, &config, None)?;
+        let mut amended = amend(&mut spec, &rootfs, &config, None)?;
+        let wanted = wanted(&rootfs, &mut amended, &mut spec)?;
         let volumes = volumes(&request.id, &mut amended, &spec).await?;
         let binds = volumes.shared.clone();
         let mount = move |share: &Share| rootfs.mount(share, &binds);
-        let sandbox = boot(shim, membership.id(), config, plan, mount).await?;
-        (sandbox, amended, volumes)
+        let (sandbox, disks) = boot(shim, membership.id(), config, plan, wanted, mount).await?;
+        (sandbox, amended, volumes, Ok(disks))
     };
     let created = async {
+        let disks = disks?;
         sandbox.assign_cpus(&request.id, &amended.cpus)?;
         sandbox.admit(&request.id, Limits::of(&spec)).await?;
         hooks.create(sandbox.pid()).await?;
-        create_in_guest(&sandbox, request, spec, &amended, &volumes).await
+        create_in_guest(&sandbox, request, spec, &amended, &volumes, disks).await
     };
     let created = created.await;
     if let Err(error) = created {
@@ -162,9 +167,32 @@ async fn container(
     Ok(sandbox)
 }
 
-/// A container's files on the host.
+/// The disks that a container wants: its root's, those it binds a file system from, and those it
+/// wants as they are.
+fn wanted(rootfs: &Rootfs, amended: &mut Amended, spec: &mut Spec) -> Result<Vec<Wanted>> {
+    let mut all: Vec<_> = rootfs.disk.iter().cloned().collect();
+    let mut shared = Vec::new();
+    for bind in mem::take(&mut amended.binds) {
+        let Some((wanted, point)) = disk::volume(&bind.source)? else {
+            shared.push(bind);
+            continue;
+        };
+        if let Some(mount) = spec.mounts.get_mut(bind.mount) {
+            mount.source = point;
+        }
+        all.push(wanted);
+    }
+    amended.binds = shared;
+    let devices = amended.block_devices.iter();
+    all.extend(devices.map(|it| Wanted::device(&it.path, it.major, it.minor, it.read_only)));
+    Ok(all)
+}
+
+/// A container's root file system.
 struct Rootfs {
     container: String,
+    /// Its disk, if it is on one of its own.
+    disk: Option<Wanted>,
     mounts: Vec<Mount>,
     folder: PathBuf,
 }
@@ -177,21 +205,32 @@ impl Rootfs {
             .map_or("rootfs", |root| root.path.as_str());
         Self {
             container: request.id.clone(),
+            disk: disk::rootfs(&request.id, &request.rootfs),
             mounts: request.rootfs.clone(),
             // Relative to the bundle, as the specification says.
             folder: bundle.path().join(root),
         }
     }
 
-    /// Mounts it all, or nothing.
+    /// Where the guest finds it.
+    fn in_guest(&self) -> String {
+        match &self.disk {
+            Some(_) => disk::rootfs_in_guest(&self.container),
+            None => Share::rootfs_in_guest(&self.container),
+        }
+    }
+
+    /// Mounts all that is shared, or nothing.
     fn mount(&self, share: &Share, binds: &[Bind]) -> Result<()> {
-        let mounted = share
-            .add_rootfs(&self.container, &self.mounts, &self.folder)
-            .and_then(|()| {
-                binds
-                    .iter()
-                    .try_for_each(|bind| share.add_volume(&self.container, bind))
-            });
+        let rootfs = match &self.disk {
+            Some(_) => Ok(()),
+            None => share.add_rootfs(&self.container, &self.mounts, &self.folder),
+        };
+        let mounted = rootfs.and_then(|()| {
+            binds
+                .iter()
+                .try_for_each(|bind| share.add_volume(&self.container, bind))
+        });
         if mounted.is_err()
             && let Err(error) = share.remove(&self.container)
         {
@@ -214,18 +253,27 @@ async fn volumes(container: &str, amended: &mut Amended, spec: &Spec) -> Result<
     blocking(move || Volumes::sort(&container, binds, &huge_pages)).await
 }
 
-/// Makes the sandbox while its first container's files are mounted.
+/// Makes the sandbox while its first container's files are mounted, and with its disks.
 pub(super) async fn boot(
     shim: &Arc<Shim>,
     id: &str,
     config: Config,
     plan: Plan,
+    wanted: Vec<Wanted>,
     mount: impl FnOnce(&Share) -> Result<()> + Send + 'static,
-) -> Result<Arc<Sandbox>> {
+) -> Result<(Arc<Sandbox>, InGuest)> {
     logging::set_level(config.log.level());
     let name = paths::sandbox_name(&shim.namespace, id);
+    let container = id.to_owned();
     let id = id.to_owned();
     let booting = blocking(move || Booting::start(&id, &name, config, plan)).await?;
+    let disks = match booting.attach_disks(&container, wanted).await {
+        Ok(disks) => disks,
+        Err(error) => {
+            booting.abandon().await;
+            return Err(error);
+        }
+    };
     let share = booting.share();
     let mounting = blocking(move || mount(&share));
     let (mounted, booted) = tokio::join!(mounting, booting.finish());
@@ -238,7 +286,7 @@ pub(super) async fn boot(
     tokio::spawn(report_out_of_memory(Arc::clone(shim), Arc::clone(&sandbox)));
     tokio::spawn(Arc::clone(&sandbox).watch_network());
     tokio::spawn(Arc::clone(&sandbox).forward_ports());
-    Ok(sandbox)
+    Ok((sandbox, disks))
 }
 
 async fn create_in_guest(
@@ -247,6 +295,7 @@ async fn create_in_guest(
     mut spec: Spec,
     amended: &Amended,
     volumes: &Volumes,
+    disks: InGuest,
 ) -> Result<()> {
     for (mount, source) in &volumes.sources {
         if let Some(mount) = spec.mounts.get_mut(*mount) {
@@ -256,14 +305,17 @@ async fn create_in_guest(
     // From before the guest first looks.
     let watcher = sandbox.watcher();
     let told = watcher.add(&request.id, &volumes.watched, sandbox.agent());
+    let mut storages = disks.storages;
+    storages.extend(volumes.for_agent(told));
     if let Some(process) = &mut spec.process {
         process.terminal = request.terminal;
     }
     let request = CreateContainerRequest {
         container_id: request.id.clone(),
         OCI: MessageField::some(spec.into()),
-        storages: volumes.for_agent(told),
+        storages,
         sandbox_pidns: amended.shares_pids,
+        devices: disks.devices,
         ..Default::default()
     };
     sandbox.agent().create_container(&request).await
@@ -284,6 +336,7 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
             "not removed from the guest"
         );
     }
+    sandbox.detach_disks(id).await;
     sandbox.release_cpus(id);
     sandbox.watcher().remove(id);
     sandbox.dismiss(id);
@@ -303,7 +356,12 @@ async fn stop(sandbox: &Sandbox) {
     }
 }
 
-fn amend(spec: &mut Spec, id: &str, config: &Config, sandbox: Option<&Sandbox>) -> Result<Amended> {
+fn amend(
+    spec: &mut Spec,
+    rootfs: &Rootfs,
+    config: &Config,
+    sandbox: Option<&Sandbox>,
+) -> Result<Amended> {
     let plan = sandbox.and_then(|sandbox| sandbox.plan().pod.as_ref());
     if let Some(files) = plan.and_then(|plan| plan.files.as_ref()) {
         files.mount(&mut spec.mounts);
@@ -318,7 +376,7 @@ fn amend(spec: &mut Spec, id: &str, config: &Config, sandbox: Option<&Sandbox>) 
         })
     });
     let place = spec::Place {
-        rootfs: &Share::rootfs_in_guest(id),
+        rootfs: &rootfs.in_guest(),
         seccomp: config.seccomp,
         pod,
     };

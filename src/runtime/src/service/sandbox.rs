@@ -109,7 +109,7 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
     if let Some(plan) = &mut plan.pod {
         plan.files = Some(PodFiles::write(bundle, &pod, &plan.dns)?);
     }
-    let sandbox = create::boot(&shim, id, config, plan, |_| Ok(())).await?;
+    let (sandbox, _) = create::boot(&shim, id, config, plan, Vec::new(), |_| Ok(())).await?;
     let stdio = Stdio::default();
     let hooks = Hooks::new(&Spec::default(), id, bundle, shim.host.clone());
     shim.let_stand(Pause::spawn(Parts {

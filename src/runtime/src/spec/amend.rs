@@ -3,9 +3,12 @@
 //! host are replaced by the guest's, or refused.
 
 use std::collections::HashMap;
+use std::fs;
 use std::mem;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::makedev;
 use tracing::{debug, warn};
 
 use super::model::{Device, Hooks, Mount, Namespace, Process, Resources, Seccomp, Spec};
@@ -50,6 +53,17 @@ pub(crate) struct Bind {
     pub(crate) cached: bool,
 }
 
+/// A block device of the host, to be plugged into the machine. The agent puts the guest's numbers
+/// in place of the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockDevice {
+    /// In the container.
+    pub(crate) path: String,
+    pub(crate) major: u32,
+    pub(crate) minor: u32,
+    pub(crate) read_only: bool,
+}
+
 /// Where a container lives in its guest.
 #[derive(Debug)]
 pub(crate) struct Place<'a> {
@@ -78,6 +92,8 @@ pub(crate) struct Pod<'a> {
 pub(crate) struct Amended {
     /// Bind mounts, to share; their sources are to be replaced then.
     pub(crate) binds: Vec<Bind>,
+    /// Block devices, to plug in.
+    pub(crate) block_devices: Vec<BlockDevice>,
     /// The container joins the pod's processes.
     pub(crate) shares_pids: bool,
     /// CPUs of the host that it may run on, if it says; a list as in its specification.
@@ -115,7 +131,10 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
             .or_insert_with(|| value.clone());
     }
     linux.cgroups_path = guest_cgroup(&linux.cgroups_path);
-    linux.devices = devices(mem::take(&mut linux.devices), linux.resources.as_ref())?;
+    let devices = mem::take(&mut linux.devices);
+    let resources = linux.resources.as_ref();
+    let (devices, block_devices) = self::devices(devices, resources, is_at_its_path)?;
+    linux.devices = devices;
     let cpus = match &mut linux.resources {
         Some(resources) => take_cpus(resources)?,
         None => String::new(),
@@ -137,6 +156,7 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
     }
     Ok(Amended {
         binds,
+        block_devices,
         shares_pids,
         cpus,
     })
@@ -273,27 +293,82 @@ fn guest_cgroup(path: &str) -> String {
     }
 }
 
-/// Device nodes that mean in the guest what they mean on the host. A device of the host that was
-/// asked for by name is refused. A privileged container gets a list of all that the host has,
-/// which asks for every device of its machine: that is the guest, with none of those.
-fn devices(devices: Vec<Device>, resources: Option<&Resources>) -> Result<Vec<Device>> {
-    let (kept, foreign): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_common);
-    match foreign.first() {
-        None => {}
-        Some(_) if resources.is_some_and(allows_all_devices) => {
-            warn!(
-                count = foreign.len(),
-                "privileged: devices of the host are not in the guest"
-            );
-        }
-        Some(device) => {
+/// Device nodes that mean in the guest what they mean on the host, and block devices, which can be
+/// plugged in. Any other device that was asked for by name is refused. A privileged container gets
+/// a list of all that the host has, which asks for every device of its machine: that is the guest,
+/// with none of those. The list has each device `at_its_path` on the host; a block device at
+/// another path is one that somebody asked for.
+pub(super) fn devices(
+    devices: Vec<Device>,
+    resources: Option<&Resources>,
+    at_its_path: impl Fn(&Device) -> bool,
+) -> Result<(Vec<Device>, Vec<BlockDevice>)> {
+    let privileged = resources.is_some_and(allows_all_devices);
+    let (mut kept, mut disks, mut dropped) = (Vec::new(), Vec::new(), 0_usize);
+    for device in devices {
+        if is_common(&device) {
+            kept.push(device);
+        } else if device.kind == "b" && !(privileged && at_its_path(&device)) {
+            disks.push(block_device(&device, resources)?);
+            kept.push(device);
+        } else if privileged {
+            dropped = dropped.saturating_add(1);
+        } else {
             return Err(refused(
                 &format!("linux.devices: {}", device.path),
                 "a device of the host can't be used in the guest",
             ));
         }
     }
-    Ok(kept)
+    if dropped > 0 {
+        warn!(
+            count = dropped,
+            "privileged: devices of the host are not in the guest"
+        );
+    }
+    Ok((kept, disks))
+}
+
+fn block_device(device: &Device, resources: Option<&Resources>) -> Result<BlockDevice> {
+    let number = |number: i64| {
+        u32::try_from(number).map_err(|_| {
+            let field = format!("linux.devices: {}", device.path);
+            refused(&field, &format!("{number} is no number of a device"))
+        })
+    };
+    let allows = |access| resources.is_some_and(|it| allows(it, device, access));
+    Ok(BlockDevice {
+        path: device.path.clone(),
+        major: number(device.major)?,
+        minor: number(device.minor)?,
+        read_only: allows('r') && !allows('w'),
+    })
+}
+
+/// Whether the device rules allow an access: the last rule about it decides.
+fn allows(resources: &Resources, device: &Device, access: char) -> bool {
+    let is = |wanted: Option<i64>, number: i64| {
+        wanted.is_none_or(|wanted| wanted < 0 || wanted == number)
+    };
+    let mut rules = resources.devices.iter().rev();
+    let rule = rules.find(|rule| {
+        let everything = matches!(rule.kind.as_str(), "" | "a");
+        let this = rule.kind == device.kind
+            && is(rule.major, device.major)
+            && is(rule.minor, device.minor);
+        (everything || this) && (rule.access.is_empty() || rule.access.contains(access))
+    });
+    rule.is_some_and(|rule| rule.allow)
+}
+
+/// Whether the host has this very device at the path that it has in the container.
+fn is_at_its_path(device: &Device) -> bool {
+    let number = u32::try_from(device.major)
+        .ok()
+        .zip(u32::try_from(device.minor).ok())
+        .map(|(major, minor)| makedev(major, minor));
+    fs::metadata(&device.path)
+        .is_ok_and(|found| found.file_type().is_block_device() && Some(found.rdev()) == number)
 }
 
 fn is_common(device: &Device) -> bool {

@@ -139,8 +139,8 @@ fn what_cannot_be_carried_is_refused_by_name() {
         ),
         (
             r#""cgroupsPath""#,
-            r#""devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}], "cgroupsPath""#,
-            "/dev/sda",
+            r#""devices": [{"path": "/dev/rtc", "type": "c", "major": 252, "minor": 0}], "cgroupsPath""#,
+            "/dev/rtc",
         ),
         (r#""/srv/data""#, r#""/sys/fs/cgroup""#, "/sys/fs/cgroup"),
         (r#""proc", "source""#, r#""nfs", "source""#, "nfs"),
@@ -164,7 +164,7 @@ fn what_cannot_be_carried_is_refused_by_name() {
 
 #[test]
 fn a_privileged_container_s_list_of_host_devices_is_not_the_guest_s() {
-    let devices = r#""devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+    let devices = r#""devices": [{"path": "/dev/rtc", "type": "c", "major": 252, "minor": 0},
         {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}], "cgroupsPath""#;
     let rules = r#"{"allow": false, "access": "rwm"},"#;
     let text = CTR
@@ -182,6 +182,42 @@ fn a_privileged_container_s_list_of_host_devices_is_not_the_guest_s() {
         .map(|it| it.Path.as_str())
         .collect();
     assert_eq!(kept, ["/dev/fuse"]);
+}
+
+/// The minor numbers of the block devices that are plugged in, and whether they are read-only.
+fn plugged(rules: &str) -> Vec<(u32, bool)> {
+    let text = format!(
+        r#"{{"devices": [{{"path": "/dev/xvda", "type": "b", "major": 7, "minor": 3}},
+                         {{"path": "/dev/loop4", "type": "b", "major": 7, "minor": 4}}],
+            "resources": {{"devices": [{{"allow": false, "access": "rwm"}}, {rules}]}}}}"#
+    );
+    let linux: model::Linux = serde_json::from_str(&text).unwrap();
+    // As if the host had the second one at that path.
+    let is_listed = |device: &model::Device| device.path == "/dev/loop4";
+    let kept = amend::devices(linux.devices, linux.resources.as_ref(), is_listed);
+    let (_, disks) = kept.unwrap();
+    disks.iter().map(|it| (it.minor, it.read_only)).collect()
+}
+
+#[test]
+fn a_block_device_is_plugged_in_as_the_rules_allow() {
+    let of = |minor: u32, access: &str| {
+        format!(
+            r#"{{"allow": true, "type": "b", "major": 7, "minor": {minor}, "access": "{access}"}}"#
+        )
+    };
+    let both = [of(3, "r"), of(4, "rwm")].join(", ");
+    assert_eq!(plugged(&both), [(3, true), (4, false)]);
+    // The last rule about an access counts.
+    let later = [
+        of(3, "rwm"),
+        of(3, "m"),
+        of(4, "rw"),
+        of(4, "w").replace("true", "false"),
+    ];
+    assert_eq!(plugged(&later.join(", ")), [(3, false), (4, true)]);
+    // None of a list of all, but what has another path than it has there.
+    assert_eq!(plugged(r#"{"allow": true, "access": "rwm"}"#), [(3, false)]);
 }
 
 #[test]

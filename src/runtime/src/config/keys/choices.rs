@@ -59,13 +59,6 @@ pub(super) static CHOICES: &[Key] = &[
         Choice::Text("virtio-blk-pci"),
         ONE_BUS,
     ),
-    fixed(
-        MACHINE,
-        "block_device_cache_direct",
-        Choice::Flag(false),
-        "disks are read through the host's page cache",
-    ),
-    fixed(MACHINE, "num_queues", Choice::Number(1), DISK_QUEUE),
     fixed(MACHINE, "queue_size", Choice::Number(256), DISK_QUEUE),
     fixed(
         MACHINE,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::Value;
 use tracing::Level;
-use vmm::control::{FsCache, MAX_QUEUE_PAIRS};
+use vmm::control::{FsCache, MAX_BLOCK_QUEUES, MAX_QUEUE_PAIRS};
 
 use super::{AGENT, Key, MACHINE, RUNTIME, set};
 use crate::config::annotations::check_patterns;
@@ -161,6 +161,24 @@ pub(super) static SETTINGS: &[Key] = &[
         },
     )
     .annotated("hypervisor", "virtio_fs_cache"),
+    set(
+        MACHINE,
+        "block_device_cache_direct",
+        |config| config.direct_disks.into(),
+        |config, value| {
+            config.direct_disks = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
+        "num_queues",
+        |config| i64::from(config.disk_queues).into(),
+        |config, value| {
+            config.disk_queues = number(value, 1..=MAX_BLOCK_QUEUES)?;
+            Ok(())
+        },
+    ),
     set(
         MACHINE,
         "enable_debug",

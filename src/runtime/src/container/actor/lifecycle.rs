@@ -286,15 +286,18 @@ impl Actor {
             if let Some(pumps) = pumps {
                 pumps.drained().await;
             }
-            if !sandbox.has_ended()
-                && let Err(error) = sandbox.agent().remove_container(&id).await
-            {
-                // What stays in the guest goes with it.
-                warn!(
-                    container = id,
-                    error = error.chain(),
-                    "not removed from the guest"
-                );
+            if !sandbox.has_ended() {
+                match sandbox.agent().remove_container(&id).await {
+                    Ok(()) if !owns_sandbox => sandbox.detach_disks(&id).await,
+                    // The disks go with the machine.
+                    Ok(()) => {}
+                    // What stays in the guest goes with it.
+                    Err(error) => warn!(
+                        container = id,
+                        error = error.chain(),
+                        "not removed from the guest"
+                    ),
+                }
             }
             hooks.poststop().await;
             sandbox.release_cpus(&id);

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The disks of a sandbox's machine beside its root's: each is plugged in for its first container
+//! and pulled out after its last.
+//!
+//! Nothing of them is in the journal: an open file is all that there is on the host, and that ends
+//! with the machine's process.
+
+use std::sync::Arc;
+
+use protocols::agent::agent::{Device, Storage};
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
+use tracing::{debug, warn};
+
+use super::vm::{DiskSettings, Vm};
+use crate::disk::{Identity, Role, Wanted};
+use crate::error::{Context, Result};
+
+/// The disks.
+#[derive(Debug)]
+pub(super) struct Disks {
+    /// They are read and written past the host's page cache.
+    direct: bool,
+    queues: u16,
+    plugged: Mutex<Plugged>,
+}
+
+#[derive(Debug, Default)]
+struct Plugged {
+    /// How many there have ever been.
+    count: usize,
+    disks: Vec<Disk>,
+}
+
+#[derive(Debug)]
+struct Disk {
+    /// Its name in the machine.
+    id: String,
+    identity: Identity,
+    /// Where the guest finds it.
+    slot: u8,
+    /// The containers that use it; none where the guest did not let go of it.
+    users: Vec<String>,
+}
+
+/// A container's disks, for the agent.
+#[derive(Debug, Default)]
+pub(crate) struct InGuest {
+    pub(crate) devices: Vec<Device>,
+    pub(crate) storages: Vec<Storage>,
+}
+
+impl Disks {
+    pub(super) fn new(direct: bool, queues: u16) -> Self {
+        Self {
+            direct,
+            queues,
+            plugged: Mutex::default(),
+        }
+    }
+
+    /// Plugs in what a container wants: all of it, or nothing.
+    pub(super) async fn attach(
+        &self,
+        vm: &Vm,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<InGuest> {
+        let mut guest = InGuest::default();
+        for wanted in wanted {
+            let wanted = Arc::new(wanted);
+            let slot = match self.attach_one(vm, container, &wanted).await {
+                Ok(slot) => slot,
+                Err(error) => {
+                    self.detach(vm, container).await;
+                    return Err(error);
+                }
+            };
+            guest.add(&wanted, slot);
+        }
+        Ok(guest)
+    }
+
+    async fn attach_one(&self, vm: &Vm, container: &str, wanted: &Arc<Wanted>) -> Result<u8> {
+        // Held to the end: two containers may want the same.
+        let mut plugged = self.plugged.lock().await;
+        let identity = wanted.identity()?;
+        let mut disks = plugged.disks.iter_mut();
+        if let Some(disk) = disks.find(|disk| disk.identity == identity) {
+            disk.users.push(container.to_owned());
+            return Ok(disk.slot);
+        }
+        let (opening, direct) = (Arc::clone(wanted), self.direct);
+        let opened = spawn_blocking(move || opening.open(direct)).await;
+        let file = opened.internal(|| "task".to_owned())??;
+        let id = format!("disk{}", plugged.count);
+        let settings = DiskSettings {
+            id: &id,
+            read_only: wanted.read_only,
+            queues: self.queues,
+        };
+        let slot = vm.attach_disk(settings, &file).await?;
+        debug!(container, id, slot, ?wanted, "disk plugged in");
+        plugged.count = plugged.count.saturating_add(1);
+        plugged.disks.push(Disk {
+            id,
+            identity,
+            slot,
+            users: vec![container.to_owned()],
+        });
+        Ok(slot)
+    }
+
+    /// Pulls out what nobody uses but a container, which is gone from the guest. What the guest
+    /// does not let go of stays with the machine, and is found there if it is wanted again.
+    pub(super) async fn detach(&self, vm: &Vm, container: &str) {
+        let mut plugged = self.plugged.lock().await;
+        let mut kept = Vec::new();
+        for mut disk in plugged.disks.drain(..) {
+            let used = disk.users.iter().any(|user| user == container);
+            disk.users.retain(|user| user != container);
+            if !used || !disk.users.is_empty() {
+                kept.push(disk);
+            } else if let Err(error) = vm.detach_disk(&disk.id).await {
+                warn!(container, id = disk.id, error = error.chain(), "disk stays");
+                kept.push(disk);
+            }
+        }
+        plugged.disks = kept;
+    }
+}
+
+impl InGuest {
+    fn add(&mut self, wanted: &Wanted, slot: u8) {
+        let place = format!("{slot:02x}");
+        match &wanted.role {
+            Role::Device(path) => self.devices.push(Device {
+                id: place,
+                type_: "blk".to_owned(),
+                container_path: path.clone(),
+                ..Device::default()
+            }),
+            Role::Filesystem(filesystem) => self.storages.push(Storage {
+                driver: "blk".to_owned(),
+                source: place,
+                fstype: filesystem.kind.clone(),
+                options: filesystem.options.clone(),
+                mount_point: filesystem.point.clone(),
+                fs_group: filesystem.group.clone().into(),
+                shared: true,
+                ..Storage::default()
+            }),
+        }
+    }
+}
