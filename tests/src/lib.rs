@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod cri;
 pub mod ctr;
 pub mod descriptors;
+pub mod disk;
 pub mod handlers;
 pub mod installed;
 pub mod leaks;

@@ -139,9 +139,8 @@ impl Bench {
         let folder = format!("/proc/{}/fd", self.machine.pid());
         let files = fs::read_dir(folder)?.flatten();
         let links = files.filter_map(|file| fs::read_link(file.path()).ok());
-        Ok(links
-            .filter(|link| link.starts_with("/memfd:a-disk"))
-            .count())
+        let ours = |link: &PathBuf| link.to_string_lossy().starts_with("/memfd:a-disk");
+        Ok(links.filter(ours).count())
     }
 
     fn end(mut self) -> Result<()> {

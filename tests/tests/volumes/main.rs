@@ -10,6 +10,7 @@
 )]
 
 mod configuration;
+mod disks;
 mod exercisers;
 mod files;
 mod memory;

@@ -81,7 +81,13 @@ impl Place {
                 command = containerd_2(sandboxer)?;
                 &["--package", "tests", "--test", "pods"]
             }
-            _ => &["--package", "tests", "--test", name],
+            _ => {
+                if name == "volumes" {
+                    let tools = [any("e2fsprogs"), any("mount")];
+                    packages::ensure("disks of the suite volumes", &tools)?;
+                }
+                &["--package", "tests", "--test", name]
+            }
         };
         let binary = build::test_binary(Profile::Quick, linkage, target)?;
         command.push(binary.to_string_lossy().into_owned());

@@ -146,6 +146,11 @@ impl Wanted {
         Ok(file)
     }
 
+    /// An error of the machine's, about this disk.
+    pub(crate) fn failed(&self, error: ShimError) -> ShimError {
+        ShimError::new(error.kind(), format!("{}: {}", self.name(), error.chain()))
+    }
+
     fn name(&self) -> String {
         let source = match &self.source {
             Source::Number(number) => {

@@ -99,7 +99,10 @@ impl Disks {
             read_only: wanted.read_only,
             queues: self.queues,
         };
-        let slot = vm.attach_disk(settings, &file).await?;
+        let slot = match vm.attach_disk(settings, &file).await {
+            Ok(slot) => slot,
+            Err(error) => return Err(wanted.failed(error)),
+        };
         debug!(container, id, slot, ?wanted, "disk plugged in");
         plugged.count = plugged.count.saturating_add(1);
         plugged.disks.push(Disk {

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Disks of the host: files that hold a disk's content, loop devices on them, and volumes that
+//! guests mount from them.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::cri::messages::{ContainerConfig, Device};
+
+/// A file that holds a disk's content, gone with this value.
+#[derive(Debug)]
+pub struct Image {
+    folder: TempDir,
+}
+
+impl Image {
+    /// A disk of zeroes, sparse.
+    pub fn new(bytes: u64) -> Result<Self> {
+        let folder = tempfile::Builder::new()
+            .prefix("nutshell-disk-")
+            .tempdir_in("/var/tmp")?;
+        let image = Self { folder };
+        File::create(image.path())?.set_len(bytes)?;
+        Ok(image)
+    }
+
+    /// A disk with an ext4 file system, empty or with the content of a folder.
+    pub fn ext4(bytes: u64, content: Option<&Path>) -> Result<Self> {
+        let image = Self::new(bytes)?;
+        let mut command = Command::new("mkfs.ext4");
+        command.arg("-q");
+        if let Some(content) = content {
+            command.arg("-d").arg(content);
+        }
+        run(command.arg(image.path()))?;
+        Ok(image)
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("image")
+    }
+
+    /// The host finds nothing wrong with its file system.
+    pub fn check(&self) -> Result<()> {
+        run(Command::new("e2fsck").arg("-fn").arg(self.path())).map(drop)
+    }
+}
+
+/// A loop device, detached with this value.
+#[derive(Debug)]
+pub struct Loop {
+    path: PathBuf,
+}
+
+impl Loop {
+    /// A block device with the content of `image`.
+    pub fn new(image: &Image) -> Result<Self> {
+        let path = run(Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(image.path()))?;
+        Ok(Self { path: path.into() })
+    }
+
+    /// Its node.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its node, as text.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// What the host reads at its start.
+    pub fn start(&self, bytes: usize) -> Result<String> {
+        let mut content = vec![0; bytes];
+        File::open(&self.path)?.read_exact(&mut content)?;
+        Ok(String::from_utf8_lossy(&content).into_owned())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let detached = run(Command::new("losetup").arg("--detach").arg(&self.path));
+        if let Err(error) = detached {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// A direct-assigned volume, taken back with this value.
+#[derive(Debug)]
+pub struct Assigned {
+    path: PathBuf,
+}
+
+impl Assigned {
+    /// Tells the runtime that what is bound from `path` is a disk.
+    pub fn add(path: &Path, info: &Value) -> Result<Self> {
+        run(Command::new("kata-ctl")
+            .args(["direct-volume", "add", "--volume-path"])
+            .arg(path)
+            .args(["--mount-info", &info.to_string()]))?;
+        Ok(Self {
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl Drop for Assigned {
+    fn drop(&mut self) {
+        let removed = run(Command::new("kata-ctl")
+            .args(["direct-volume", "remove", "--volume-path"])
+            .arg(&self.path));
+        if let Err(error) = removed {
+            eprintln!("{error:#}");
+        }
+        // The parents stay where others are told.
+        let _ = fs::remove_dir("/run/kata-containers/shared/direct-volumes");
+    }
+}
+
+/// A container that has a block device of the host; `permissions` are of `r`, `w` and `m`.
+#[must_use]
+pub fn with_device(
+    mut config: ContainerConfig,
+    host: &Path,
+    path: &str,
+    permissions: &str,
+) -> ContainerConfig {
+    config.devices.push(Device {
+        container_path: path.to_owned(),
+        host_path: host.display().to_string(),
+        permissions: permissions.to_owned(),
+        ..Default::default()
+    });
+    config
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("starting {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
