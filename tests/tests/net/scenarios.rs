@@ -459,7 +459,7 @@ fn what_is_not_there_stays(wire: &mut Wire) -> Result<()> {
 }
 
 fn all_slots_are_used_and_left(wire: &mut Wire) -> Result<()> {
-    let cards: Vec<Card> = (10..19)
+    let cards: Vec<Card> = (10..35)
         .map(|number| Card {
             number,
             ..wire.card
@@ -470,7 +470,10 @@ fn all_slots_are_used_and_left(wire: &mut Wire) -> Result<()> {
         wire.machine.attach(card.cable()?)?;
     }
     let refused = wire.machine.attach(last.cable()?);
-    let text = refused.err().context("a ninth was plugged in")?.to_string();
+    let text = refused
+        .err()
+        .context("one more was plugged in")?
+        .to_string();
     ensure!(text.contains("slots"), "{text}");
     for number in 0..cards.len() {
         wire.tell(&format!("await eth{number}"))?;

@@ -43,8 +43,9 @@ pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
 pub const PCI_MEMORY: Range<u64> = 0xc000_0000..0xe000_0000;
 /// The configuration space of PCI bus 0.
 pub const ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
-/// Port BARs of PCI functions.
-pub const PCI_PORTS: Range<u16> = 0x1000..0x2000;
+/// Port BARs of PCI functions. For those that are plugged in Linux chooses the addresses, of each KiB
+/// in the first quarter only: elsewhere old ISA cards would answer, too.
+pub const PCI_PORTS: Range<u16> = 0x1000..0x4000;
 
 /// The I/O APIC, at its customary address.
 pub const IO_APIC: u32 = 0xfec0_0000;
@@ -75,9 +76,9 @@ pub const SLEEP_STATUS_PORT: u16 = 0x601;
 pub const RESET_PORT: u16 = 0x602;
 /// PCI hotplug registers.
 pub const HOTPLUG_PORT: u16 = 0x610;
-/// The PCI slots whose devices may come and go: a method each in the tables, which the guest reads
-/// at every boot, so no more than pods have interfaces.
-pub const HOTPLUG_SLOTS: Range<u8> = 24..32;
+/// The PCI slots whose devices may come and go: network cards and a pod's disks. Those before are
+/// for the devices that stay.
+pub const HOTPLUG_SLOTS: Range<u8> = 8..32;
 /// vCPU hotplug registers.
 pub const CPU_HOTPLUG_PORT: u16 = 0x620;
 /// The value that resets.
