@@ -58,10 +58,12 @@ impl Place {
                     "the agent's tests",
                     &[
                         any("busybox-static"),
+                        any("e2fsprogs"),
                         any("gcc"),
                         any("iproute2"),
                         any("libc6-dev"),
                         any("libseccomp-dev"),
+                        any("mount"),
                     ],
                 )?;
                 &[

@@ -15,6 +15,7 @@
     clippy::expect_used
 )]
 
+mod disks;
 mod isolation;
 mod lifecycle;
 mod network;
