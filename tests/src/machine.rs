@@ -17,7 +17,8 @@ use std::{env, thread};
 use anyhow::{Context, Result, bail, ensure};
 use vmm::client::VmmProcess;
 use vmm::control::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, Request, Size,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, RateLimits, Request,
+    Size,
     VmConfig, Vsock,
 };
 
@@ -257,6 +258,7 @@ impl Machine {
             file: FileIndex(0),
             read_only: false,
             queues: disk.queues,
+            limits: RateLimits::default(),
         });
         let slot = self.ask(&request, &[disk.file])?;
         slot.context("the answer names no slot")
@@ -417,6 +419,7 @@ fn configure(
         file: FileIndex(2),
         read_only: true,
         queues: 1,
+        limits: RateLimits::default(),
     }];
     for (number, disk) in setup.disks.into_iter().enumerate() {
         files.push(disk.file);
@@ -425,6 +428,7 @@ fn configure(
             file: index(files.len().saturating_sub(1)),
             read_only: false,
             queues: disk.queues,
+            limits: RateLimits::default(),
         });
     }
     let console = if setup.console {

@@ -17,7 +17,7 @@ use rustix::time::{ClockId, clock_gettime};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
     Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, MAX_BLOCK_QUEUES,
-    Milestone, PROTOCOL_VERSION, Request, VmConfig, Vsock,
+    Milestone, PROTOCOL_VERSION, RateLimits, Request, VmConfig, Vsock,
 };
 
 /// Boots a microVM and prints when it came to which point.
@@ -222,6 +222,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             file: add(open(path, false)?),
             read_only: true,
             queues: 1,
+            limits: RateLimits::default(),
         });
     }
     for (number, path) in options.disk.iter().enumerate() {
@@ -230,6 +231,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             file: add(open(path, true)?),
             read_only: false,
             queues: u16::from(options.vcpus).min(MAX_BLOCK_QUEUES),
+            limits: RateLimits::default(),
         });
     }
     let mut filesystems = Vec::new();

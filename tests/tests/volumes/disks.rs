@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{OFlags, major, minor};
@@ -11,24 +12,17 @@ use serde_json::json;
 use tests::bundle::Bundle;
 use tests::configured::Configured;
 use tests::cri::LIMIT;
-use tests::cri::messages::{ContainerConfig, CreateTaskRequest, Empty, TaskMount, TaskRequest};
+use tests::cri::messages::{CreateTaskRequest, Empty, TaskMount, TaskRequest};
 use tests::disk::{Assigned, Image, Loop, with_device};
-use tests::pod::{Container, Pod, Spec};
+use tests::pod::{Pod, Spec};
 use tests::procs;
 use tests::scenario::{Outcome, pod_vm_scenario};
 use tests::volume::{Access, Volumes, privileged, with_mount};
 use tests::wait::until;
 
+use crate::{WAITS, started};
+
 const MIB: u64 = 1 << 20;
-
-/// Runs until it is told to end.
-const WAITS: &str = "trap 'exit 0' TERM; echo up; sleep 1000 & wait";
-
-fn started(pod: &Pod, config: &ContainerConfig) -> Result<Container> {
-    let container = pod.start(config)?;
-    container.wait_for_log("up\n", LIMIT)?;
-    Ok(container)
-}
 
 /// How many disks of the machine are on this node or file.
 fn open_disks(id: &str, path: &Path) -> Result<usize> {
@@ -91,7 +85,7 @@ fn a_read_only_block_volume_is_kept_from_root_with_every_capability() -> Outcome
     let name = "a_read_only_block_volume_is_kept_from_root_with_every_capability";
     pod_vm_scenario(name, |node| {
         let image = Image::new(MIB)?;
-        fs::write(image.path(), [b'k'; MIB as usize])?;
+        fs::write(image.path(), [b'k'; 1 << 20])?;
         let device = Loop::new(&image)?;
         let pod = Spec::new("block-read-only").privileged().run(node)?;
         let config = |name: &str, permissions: &str| {
@@ -270,11 +264,13 @@ fn a_root_file_system_is_on_a_disk_where_its_snapshotter_has_it_there() -> Outco
 #[test]
 fn disks_are_what_the_configuration_says() -> Outcome {
     pod_vm_scenario("disks_are_what_the_configuration_says", |node| {
-        let image = Image::new(MIB)?;
+        let image = Image::new(4 * MIB)?;
         let device = Loop::new(&image)?;
+        // A MiB in a second.
         let host = Configured::with(
             node.ctr(),
-            "[hypervisor.dragonball]\nnum_queues = 2\nblock_device_cache_direct = true\n",
+            "[hypervisor.dragonball]\nnum_queues = 2\nblock_device_cache_direct = true\n\
+             disk_rate_limiter_bw_max_rate = 8388608\n",
         )?;
         let ctr = host.ctr();
         let id = "disk-config";
@@ -295,6 +291,13 @@ fn disks_are_what_the_configuration_says() -> Outcome {
             .context("no disk")?;
         ensure!(disk.flags & OFlags::DIRECT.bits() != 0, "{disk:?}");
         ensure!(device.start(6)? == "direct");
+        let script = format!("dd if=/dev/zero of={name} bs=64k count=64 conv=fsync 2>/dev/null");
+        let output = ctr.exec(&[], id, "writes", &["sh", "-c", &script])?;
+        let output = output.quietly()?;
+        ensure!(
+            output.elapsed >= Duration::from_secs(3),
+            "{output}\ntoo fast"
+        );
         ctr.kill(id, "SIGKILL")?;
         ctr.wait_for_status(id, "STOPPED", LIMIT)?;
         ctr.delete(id)?;

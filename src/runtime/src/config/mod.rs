@@ -22,7 +22,7 @@ use std::time::Duration;
 use protobuf::well_known_types::any::Any;
 use toml::Value;
 use tracing::Level;
-use vmm::control::FsCache;
+use vmm::control::{FsCache, RateLimits};
 
 pub(crate) use self::file::Origin;
 use self::file::{Files, Reasons};
@@ -32,6 +32,7 @@ use self::lookup::Source;
 pub(crate) use self::options::is_ours;
 use crate::error::Result;
 use crate::network::Settings;
+use crate::sandbox::DiskSettings;
 
 /// Where kernel and image are, below the folder that the program is installed in.
 const KERNEL: &str = "share/kata-containers/vmlinux.container";
@@ -76,10 +77,8 @@ pub(crate) struct Config {
     pub(crate) reclaim: bool,
     /// How long the guest may trust what it has read of a shared file.
     pub(crate) shared_cache: FsCache,
-    /// Whether disks go past the host's page cache.
-    pub(crate) direct_disks: bool,
-    /// The most queues of a disk.
-    pub(crate) disk_queues: u16,
+    /// How the disks of containers are served.
+    pub(crate) disks: DiskSettings,
     /// What the monitor logs; in detail, the guest's console goes to the log, too.
     pub(crate) monitor: Verbosity,
     /// What the agent logs.
@@ -147,8 +146,11 @@ impl Config {
             pin_vcpus: false,
             reclaim: true,
             shared_cache: FsCache::Auto,
-            direct_disks: false,
-            disk_queues: 1,
+            disks: DiskSettings {
+                direct: false,
+                queues: 1,
+                limits: RateLimits::default(),
+            },
             monitor: Verbosity::at(Level::INFO),
             agent: Verbosity::at(Level::WARN),
             log: Verbosity::at(Level::INFO),

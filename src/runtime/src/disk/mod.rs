@@ -147,7 +147,7 @@ impl Wanted {
     }
 
     /// An error of the machine's, about this disk.
-    pub(crate) fn failed(&self, error: ShimError) -> ShimError {
+    pub(crate) fn failed(&self, error: &ShimError) -> ShimError {
         ShimError::new(error.kind(), format!("{}: {}", self.name(), error.chain()))
     }
 

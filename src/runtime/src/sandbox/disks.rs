@@ -11,6 +11,7 @@ use protocols::agent::agent::{Device, Storage};
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tracing::{debug, warn};
+use vmm::control::RateLimits;
 
 use super::vm::{DiskSettings, Vm};
 use crate::disk::{Identity, Role, Wanted};
@@ -19,10 +20,19 @@ use crate::error::{Context, Result};
 /// The disks.
 #[derive(Debug)]
 pub(super) struct Disks {
-    /// They are read and written past the host's page cache.
-    direct: bool,
-    queues: u16,
+    settings: Settings,
     plugged: Mutex<Plugged>,
+}
+
+/// How disks are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// They are read and written past the host's page cache.
+    pub(crate) direct: bool,
+    /// The most queues of one.
+    pub(crate) queues: u16,
+    /// The most that one does.
+    pub(crate) limits: RateLimits,
 }
 
 #[derive(Debug, Default)]
@@ -51,10 +61,9 @@ pub(crate) struct InGuest {
 }
 
 impl Disks {
-    pub(super) fn new(direct: bool, queues: u16) -> Self {
+    pub(super) fn new(settings: Settings) -> Self {
         Self {
-            direct,
-            queues,
+            settings,
             plugged: Mutex::default(),
         }
     }
@@ -90,18 +99,19 @@ impl Disks {
             disk.users.push(container.to_owned());
             return Ok(disk.slot);
         }
-        let (opening, direct) = (Arc::clone(wanted), self.direct);
+        let (opening, direct) = (Arc::clone(wanted), self.settings.direct);
         let opened = spawn_blocking(move || opening.open(direct)).await;
         let file = opened.internal(|| "task".to_owned())??;
         let id = format!("disk{}", plugged.count);
         let settings = DiskSettings {
             id: &id,
             read_only: wanted.read_only,
-            queues: self.queues,
+            queues: self.settings.queues,
+            limits: self.settings.limits,
         };
         let slot = match vm.attach_disk(settings, &file).await {
             Ok(slot) => slot,
-            Err(error) => return Err(wanted.failed(error)),
+            Err(error) => return Err(wanted.failed(&error)),
         };
         debug!(container, id, slot, ?wanted, "disk plugged in");
         plugged.count = plugged.count.saturating_add(1);

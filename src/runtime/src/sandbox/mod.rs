@@ -41,7 +41,7 @@ use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
 use self::disks::Disks;
-pub(crate) use self::disks::InGuest;
+pub(crate) use self::disks::{InGuest, Settings as DiskSettings};
 pub(crate) use self::files::PodFiles;
 use self::forward::Forwarder;
 use self::growth::Demand;
@@ -140,10 +140,10 @@ impl Booting {
                 name: name.to_owned(),
                 share: Arc::new(share),
                 vm,
-                disks: Disks::new(
-                    config.direct_disks,
-                    config.disk_queues.min(plan.size.vcpus.into()),
-                ),
+                disks: Disks::new(DiskSettings {
+                    queues: config.disks.queues.min(plan.size.vcpus.into()),
+                    ..config.disks
+                }),
                 config,
                 plan,
                 cpus,
@@ -255,6 +255,10 @@ impl Booting {
         self.disks.attach(&self.vm, container, wanted).await
     }
 
+    pub(crate) fn has_ended(&self) -> bool {
+        self.vm.has_ended()
+    }
+
     /// Waits for the agent and sets the sandbox up in the guest.
     pub(crate) async fn finish(mut self) -> Result<Sandbox> {
         // While the guest boots.
@@ -348,7 +352,7 @@ impl Sandbox {
             cpus: Cpus::new(false).unwrap(),
             cgroups: Cgroups::default(),
             demand: Mutex::default(),
-            disks: Disks::new(false, 1),
+            disks: Disks::new(Config::built_in().disks),
             stopping: AtomicBool::new(false),
             journal: Arc::default(),
             network: None,

@@ -16,7 +16,7 @@ use tracing::{Level, debug, error, info};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
     Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Net,
-    PROTOCOL_VERSION, Request, Size, VmConfig, Vsock,
+    PROTOCOL_VERSION, RateLimits, Request, Size, VmConfig, Vsock,
 };
 
 use super::binds::UNCACHED;
@@ -207,6 +207,7 @@ impl Vm {
                 file: files.add(machine.image.as_fd()),
                 read_only: true,
                 queues: 1,
+                limits: RateLimits::default(),
             }],
             nets: machine.nets.iter().map(|it| net(it, &mut files)).collect(),
             filesystems: vec![Filesystem {
@@ -256,6 +257,7 @@ impl Vm {
             file: files.add(file.as_fd()),
             read_only: disk.read_only,
             queues: disk.queues,
+            limits: disk.limits,
         });
         let what = || format!("attach the disk {id}");
         let slot = self.ask(&request, &files.list, what).await?;
@@ -415,6 +417,7 @@ pub(crate) struct DiskSettings<'a> {
     pub(crate) id: &'a str,
     pub(crate) read_only: bool,
     pub(crate) queues: u16,
+    pub(crate) limits: RateLimits,
 }
 
 /// A network device as the monitor is told of it.

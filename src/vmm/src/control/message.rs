@@ -112,6 +112,17 @@ pub struct Block {
     /// Its queues, 1 to `MAX_BLOCK_QUEUES`: a thread each. More than one is of use where several
     /// vCPUs keep a disk busy.
     pub queues: u16,
+    /// The most that it does.
+    pub limits: RateLimits,
+}
+
+/// The most that a device does in a second; 0 is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RateLimits {
+    /// Bytes.
+    pub bytes: u64,
+    /// Requests, whatever their size.
+    pub operations: u64,
 }
 
 /// Most queues of a block device: as many as a function has doorbells for.

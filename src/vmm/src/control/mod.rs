@@ -11,5 +11,6 @@ mod message;
 pub use channel::{Channel, ChannelError};
 pub use message::{
     Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, MAX_BLOCK_QUEUES,
-    MAX_QUEUE_PAIRS, MEMORY_STEP, Milestone, Net, PROTOCOL_VERSION, Request, Size, VmConfig, Vsock,
+    MAX_QUEUE_PAIRS, MEMORY_STEP, Milestone, Net, PROTOCOL_VERSION, RateLimits, Request, Size,
+    VmConfig, Vsock,
 };

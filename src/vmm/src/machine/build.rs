@@ -238,10 +238,11 @@ fn devices(
 pub(super) fn block_device(block: &Block, files: &mut Files) -> Result<Named, MachineError> {
     let file = File::from(files.take(block.file)?);
     let device = BlockDevice::new(&block.id, file, block.read_only, block.queues);
-    let device = device.map_err(|source| MachineError::Block {
+    let mut device = device.map_err(|source| MachineError::Block {
         id: block.id.clone(),
         source,
     })?;
+    device.limit(block.limits.bytes, block.limits.operations);
     Ok((block_name(&block.id), Box::new(device)))
 }
 

@@ -18,6 +18,12 @@ use crate::network::Model;
 /// Agents may need longer than Kata's files say; Kata's own floor.
 const SHORTEST_BOOT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The largest number that a file can hold.
+const MOST_RATE: u64 = i64::MAX.cast_unsigned();
+
+/// Kata counts bandwidth in bits.
+const BITS: u64 = 8;
+
 /// Kata's names of the levels of a log; the first name of a level is the one shown.
 const LEVELS: &[(&str, Level)] = &[
     ("trace", Level::TRACE),
@@ -164,18 +170,38 @@ pub(super) static SETTINGS: &[Key] = &[
     set(
         MACHINE,
         "block_device_cache_direct",
-        |config| config.direct_disks.into(),
+        |config| config.disks.direct.into(),
         |config, value| {
-            config.direct_disks = flag(value)?;
+            config.disks.direct = flag(value)?;
             Ok(())
         },
     ),
     set(
         MACHINE,
         "num_queues",
-        |config| i64::from(config.disk_queues).into(),
+        |config| i64::from(config.disks.queues).into(),
         |config, value| {
-            config.disk_queues = number(value, 1..=MAX_BLOCK_QUEUES)?;
+            config.disks.queues = number(value, 1..=MAX_BLOCK_QUEUES)?;
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
+        "disk_rate_limiter_bw_max_rate",
+        |config| whole(config.disks.limits.bytes.saturating_mul(BITS)),
+        |config, value| {
+            let bits: u64 = number(value, 0..=MOST_RATE)?;
+            // A limit below a byte is still one.
+            config.disks.limits.bytes = bits.div_ceil(BITS);
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
+        "disk_rate_limiter_ops_max_rate",
+        |config| whole(config.disks.limits.operations),
+        |config, value| {
+            config.disks.limits.operations = number(value, 0..=MOST_RATE)?;
             Ok(())
         },
     ),
@@ -336,6 +362,10 @@ pub(super) static SETTINGS: &[Key] = &[
         |config, value| allow(config, "runtime", value),
     ),
 ];
+
+fn whole(number: u64) -> Value {
+    i64::try_from(number).unwrap_or(i64::MAX).into()
+}
 
 fn shown(path: &Path) -> Value {
     path.display().to_string().into()

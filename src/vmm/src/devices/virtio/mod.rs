@@ -12,6 +12,7 @@ pub mod net;
 mod pages;
 mod pci;
 mod queue;
+mod rate;
 pub mod rng;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod test_ring;

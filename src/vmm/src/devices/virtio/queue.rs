@@ -192,6 +192,24 @@ impl ActiveQueue {
         &mut self,
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
+        serve: F,
+    ) -> Result<(), DeviceFault>
+    where
+        F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
+    {
+        self.serve_while(|| true, memory, interrupt, serve)
+    }
+
+    /// The same as long as `ready` says so. When it doesn't, chains may be left: call it again
+    /// later, kick or no kick.
+    ///
+    /// # Errors
+    /// As for `serve`.
+    pub fn serve_while<F>(
+        &mut self,
+        ready: impl Fn() -> bool,
+        memory: &GuestMemoryMmap,
+        interrupt: &dyn Interrupt,
         mut serve: F,
     ) -> Result<(), DeviceFault>
     where
@@ -202,6 +220,9 @@ impl ActiveQueue {
         loop {
             self.disarm(memory)?;
             while budget > 0 {
+                if !ready() {
+                    return self.signal(memory, interrupt);
+                }
                 let Some(chain) = self.pop(memory)? else {
                     break;
                 };

@@ -9,10 +9,13 @@ use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::errno;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::direct::Direct;
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, SECTOR, SERIAL_LEN};
+use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, EventHandler, GuestMemory,
     Interrupt, Poller, VirtioDevice, Worker, read_config,
@@ -30,6 +33,7 @@ pub(super) const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE: u64 = 0;
+const TIMER: u64 = 1;
 
 /// Why a file can't be a disk.
 #[derive(Debug, Error)]
@@ -64,6 +68,7 @@ pub struct BlockDevice {
     /// Sectors that the file keeps or gives back as one.
     discard_alignment: u32,
     queue_sizes: Vec<u16>,
+    limiter: Option<Arc<RateLimiter>>,
     /// One for each queue that the driver uses.
     workers: Vec<Worker>,
 }
@@ -109,8 +114,24 @@ impl BlockDevice {
             }),
             discard_alignment: discard_alignment.max(1),
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
+            limiter: None,
             workers: Vec::new(),
         })
+    }
+
+    /// Lets it do no more than so much in a second, from its next start on; 0 is no limit.
+    pub fn limit(&mut self, bytes: u64, operations: u64) {
+        self.limiter = RateLimiter::new(bytes, operations).map(Arc::new);
+    }
+
+    fn limit_of_queue(&self) -> io::Result<Option<Limit>> {
+        let Some(limiter) = &self.limiter else {
+            return Ok(None);
+        };
+        Ok(Some(Limit {
+            limiter: Arc::clone(limiter),
+            timer: TimerFd::new()?,
+        }))
     }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -134,6 +155,7 @@ impl BlockDevice {
                 queue,
                 interrupt: Arc::clone(&interrupt),
                 features,
+                limit: self.limit_of_queue().map_err(ActivateError::Worker)?,
             };
             let worker = Worker::spawn(&name, Arc::clone(&interrupt), handler);
             self.workers.push(worker.map_err(ActivateError::Worker)?);
@@ -223,19 +245,53 @@ struct Handler {
     queue: ActiveQueue,
     interrupt: Arc<dyn Interrupt>,
     features: u64,
+    limit: Option<Limit>,
+}
+
+/// A queue's view of its disk's limits.
+#[derive(Debug)]
+struct Limit {
+    limiter: Arc<RateLimiter>,
+    /// Ends a wait.
+    timer: TimerFd,
 }
 
 impl EventHandler for Handler {
     fn register(&mut self, poller: &Poller) -> io::Result<()> {
-        poller.add(self.queue.kick(), QUEUE, EventSet::IN)
+        poller.add(self.queue.kick(), QUEUE, EventSet::IN)?;
+        match &self.limit {
+            Some(limit) => poller.add(&limit.timer, TIMER, EventSet::IN),
+            None => Ok(()),
+        }
     }
 
-    fn handle(&mut self, _: &Poller, _token: u64, _: EventSet) -> Result<(), DeviceFault> {
+    fn handle(&mut self, _: &Poller, token: u64, _: EventSet) -> Result<(), DeviceFault> {
+        let what = "can't wait for a disk's limit";
+        let failed = |error: errno::Error| DeviceFault::Host {
+            what,
+            source: error.into(),
+        };
         let memory = self.memory.memory();
         let (disk, features) = (&self.disk, self.features);
-        self.queue.serve(&memory, &*self.interrupt, |chain| {
-            disk.serve(&memory, chain, features)
-        })
+        let Some(Limit { limiter, timer }) = &mut self.limit else {
+            return self.queue.serve(&memory, &*self.interrupt, |chain| {
+                disk.serve(&memory, chain, features)
+            });
+        };
+        if token == TIMER {
+            timer.wait().map_err(failed)?;
+        }
+        let ready = || limiter.wait().is_none();
+        self.queue
+            .serve_while(ready, &memory, &*self.interrupt, |chain| {
+                let lens = chain.clone().map(|buffer| u64::from(buffer.len()));
+                limiter.pay(lens.fold(0, u64::saturating_add));
+                disk.serve(&memory, chain, features)
+            })?;
+        match limiter.wait() {
+            Some(wait) => timer.reset(wait, None).map_err(failed),
+            None => Ok(()),
+        }
     }
 }
 

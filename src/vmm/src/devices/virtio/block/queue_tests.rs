@@ -99,6 +99,27 @@ impl Fixture {
     }
 }
 
+#[test]
+fn a_disk_does_as_much_as_it_may() {
+    let mut fixture = Fixture::new(2);
+    // A request in a fifth of a second, whichever queue it comes by.
+    fixture.device.limit(0, 5);
+    let interrupt = Arc::new(NoInterrupt);
+    fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
+    let begin = Instant::now();
+    for round in 0..6 {
+        let queue = round % 2;
+        fixture.request(queue, OUT, round as u64, round as u8);
+        fixture.rings[queue].kick.write(1).unwrap();
+        assert_eq!(fixture.finish(queue), Some(0));
+    }
+    let time = begin.elapsed();
+    assert!(time >= Duration::from_millis(700), "{time:?}");
+    assert!(time < PATIENCE / 2, "{time:?}");
+    assert_eq!(fixture.sector(5), [5; 512]);
+    fixture.device.reset();
+}
+
 fn ring(memory: &GuestMemoryMmap, index: u16) -> Ring {
     Ring::new(memory.clone(), index, u64::from(index) << 16, SIZE, 512)
 }
