@@ -269,6 +269,10 @@ pub(super) async fn boot(
     let booting = blocking(move || Booting::start(&id, &name, config, plan)).await?;
     let disks = match booting.attach_disks(&container, wanted).await {
         Ok(disks) => disks,
+        // It says itself why.
+        Err(error) if booting.has_ended() => {
+            return booting.finish().await.and(Err(error));
+        }
         Err(error) => {
             booting.abandon().await;
             return Err(error);
@@ -327,16 +331,15 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
         shim.abandon();
         return stop(sandbox).await;
     }
-    if let Err(error) = sandbox.agent().remove_container(id).await
-        && error.kind() != Kind::NotFound
-    {
-        warn!(
+    match sandbox.agent().remove_container(id).await {
+        // It may still use its disks.
+        Err(error) if error.kind() != Kind::NotFound => warn!(
             container = id,
             error = error.chain(),
             "not removed from the guest"
-        );
+        ),
+        _ => sandbox.detach_disks(id).await,
     }
-    sandbox.detach_disks(id).await;
     sandbox.release_cpus(id);
     sandbox.watcher().remove(id);
     sandbox.dismiss(id);
