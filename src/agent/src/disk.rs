@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use protocols::agent::agent::Device;
 use protocols::agent::oci;
-use rustix::fs::{FileType, major, minor, stat};
+use rustix::fs::{FileType, Mode, OFlags, major, minor, open, stat};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{AgentError, Context as _, Result};
@@ -72,8 +72,13 @@ impl Place {
             Self::Node(path) => path.clone(),
         };
         let found = stat(&path).ok()?;
-        let is_disk = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
-        is_disk.then(|| Disk {
+        if FileType::from_raw_mode(found.st_mode) != FileType::BlockDevice {
+            return None;
+        }
+        // The kernel makes the node first, and tells of the disk once it can be opened.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        open(&path, flags, Mode::empty()).ok()?;
+        Some(Disk {
             path,
             major: major(found.st_rdev),
             minor: minor(found.st_rdev),
