@@ -18,8 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vmm::client::VmmProcess;
 use vmm::control::{
     Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, RateLimits, Request,
-    Size,
-    VmConfig, Vsock,
+    Size, VmConfig, Vsock,
 };
 
 use crate::installed::installed;

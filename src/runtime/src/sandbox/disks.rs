@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 use vmm::control::RateLimits;
 
 use super::vm::{DiskSettings, Vm};
+use super::{Booting, Sandbox};
 use crate::disk::{Identity, Role, Wanted};
 use crate::error::{Context, Result};
 
@@ -58,6 +59,33 @@ struct Disk {
 pub(crate) struct InGuest {
     pub(crate) devices: Vec<Device>,
     pub(crate) storages: Vec<Storage>,
+}
+
+impl Booting {
+    /// Plugs in the disks of the first container: the guest finds them as it boots.
+    pub(crate) async fn attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<InGuest> {
+        self.disks.attach(&self.vm, container, wanted).await
+    }
+}
+
+impl Sandbox {
+    /// Gives the machine what a container wants of the host's disks.
+    pub(crate) async fn attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<InGuest> {
+        self.disks.attach(&self.vm, container, wanted).await
+    }
+
+    /// Takes back the disks that only a container used which is gone.
+    pub(crate) async fn detach_disks(&self, container: &str) {
+        self.disks.detach(&self.vm, container).await;
+    }
 }
 
 impl Disks {

@@ -9,6 +9,7 @@ mod cgroup;
 mod cmdline;
 mod cpus;
 mod disks;
+mod ended;
 mod files;
 mod forward;
 mod growth;
@@ -42,6 +43,7 @@ use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
 use self::disks::Disks;
 pub(crate) use self::disks::{InGuest, Settings as DiskSettings};
+pub(crate) use self::ended::Ended;
 pub(crate) use self::files::PodFiles;
 use self::forward::Forwarder;
 use self::growth::Demand;
@@ -50,11 +52,9 @@ pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
 pub(crate) use self::size::Limits;
 use self::size::Size;
-pub(crate) use self::vm::Ended;
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::disk::Wanted;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Namespace, Network, Place};
 use crate::paths;
@@ -246,15 +246,6 @@ impl Booting {
         Arc::clone(&self.share)
     }
 
-    /// Plugs in the disks of the first container: the guest finds them as it boots.
-    pub(crate) async fn attach_disks(
-        &self,
-        container: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<InGuest> {
-        self.disks.attach(&self.vm, container, wanted).await
-    }
-
     pub(crate) fn has_ended(&self) -> bool {
         self.vm.has_ended()
     }
@@ -396,20 +387,6 @@ impl Sandbox {
     /// Folders of the host that the guest has copies of.
     pub(crate) fn watcher(&self) -> &Watcher {
         &self.watcher
-    }
-
-    /// Gives the machine what a container wants of the host's disks.
-    pub(crate) async fn attach_disks(
-        &self,
-        container: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<InGuest> {
-        self.disks.attach(&self.vm, container, wanted).await
-    }
-
-    /// Takes back the disks that only a container used which is gone.
-    pub(crate) async fn detach_disks(&self, container: &str) {
-        self.disks.detach(&self.vm, container).await;
     }
 
     /// The machine's process.

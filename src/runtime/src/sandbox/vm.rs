@@ -4,8 +4,8 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitStatus};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -15,12 +15,13 @@ use tokio::time::timeout;
 use tracing::{Level, debug, error, info};
 use vmm::client::{ClientError, VmmProcess};
 use vmm::control::{
-    Block, Boot, ChannelError, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Net,
+    Block, Boot, ChannelError, Console, Event, FileIndex, Filesystem, FsCache, Net,
     PROTOCOL_VERSION, RateLimits, Request, Size, VmConfig, Vsock,
 };
 
 use super::binds::UNCACHED;
 use super::cgroup::Cgroups;
+use super::ended::{Ended, describe, died, last_lines};
 use super::share;
 use crate::cli::{PROGRAM, VMM_ROLE};
 use crate::error::{Context, Kind, Result, ShimError};
@@ -45,9 +46,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a guest may take for a new size. One that can give no more yet takes for ever.
 const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
-
-/// How much of the guest's last output an error message shows.
-const CONSOLE_LINES: usize = 6;
 
 /// What a machine is made of: sizes, and everything it uses as an open file.
 #[derive(Debug)]
@@ -74,28 +72,6 @@ pub(crate) struct Machine {
     pub(crate) nets: Vec<Device>,
     /// Where the guest's console goes; nowhere but error messages without.
     pub(crate) console: Option<OwnedFd>,
-}
-
-/// How a machine ended.
-#[derive(Debug, Clone)]
-pub(crate) struct Ended {
-    reason: String,
-    console: String,
-}
-
-impl Ended {
-    #[cfg(test)]
-    pub(crate) fn for_test(reason: &str) -> Self {
-        Self {
-            reason: reason.to_owned(),
-            console: String::new(),
-        }
-    }
-
-    /// Reason and last console lines in one line.
-    pub(crate) fn describe(&self) -> String {
-        format!("{}{}", self.reason, last_lines(&self.console))
-    }
 }
 
 /// What the monitor says to a request; a device that was plugged has a slot.
@@ -521,55 +497,6 @@ impl Listener {
     }
 }
 
-fn describe(reason: &ExitReason) -> String {
-    match reason {
-        ExitReason::Stopped => "it was stopped".to_owned(),
-        ExitReason::Shutdown => "the guest powered off".to_owned(),
-        ExitReason::Reboot => "the guest asked for a reboot".to_owned(),
-        ExitReason::TripleFault => "a triple fault of the guest's kernel".to_owned(),
-        ExitReason::Panic => "a panic of the guest's kernel".to_owned(),
-        ExitReason::Failure(reason) => reason.clone(),
-    }
-}
-
-fn died(status: ExitStatus) -> String {
-    match status.signal() {
-        Some(signal) => format!("the virtual machine monitor was killed by signal {signal}"),
-        None => format!("the virtual machine monitor died: {status}"),
-    }
-}
-
-/// The last lines of the guest's console, for the end of a one-line message. After a panic the
-/// lines that say why come before a long trace.
-fn last_lines(console: &str) -> String {
-    let lines: Vec<_> = console
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    let panic = lines.iter().position(|line| line.contains("Kernel panic"));
-    let end = panic.map_or(lines.len(), |line| line.saturating_add(1));
-    let last = lines
-        .get(end.saturating_sub(CONSOLE_LINES)..end)
-        .unwrap_or_default();
-    if last.is_empty() {
-        return String::new();
-    }
-    // What a guest writes must not steer the terminal of whoever reads the message.
-    let text: String = last
-        .join(" | ")
-        .chars()
-        .map(|character| {
-            if character.is_control() {
-                '?'
-            } else {
-                character
-            }
-        })
-        .collect();
-    format!("; the guest's last lines on its console: {text}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -583,23 +510,5 @@ mod tests {
         assert!(error.chain().contains(&pid), "{}", error.chain());
         // The machine is told to stop at least: it is killed, and doesn't run any more.
         assert!(!vm.process.wait().success());
-    }
-
-    #[test]
-    fn a_guest_s_last_lines_fit_into_a_message() {
-        assert_eq!(last_lines(" \n"), "");
-        let console: String = (0..10).map(|line| format!("[{line}] text\r\n")).collect();
-        let text = last_lines(&console);
-        assert!(
-            text.starts_with("; the guest's last lines on its console: [4] text | "),
-            "{text}"
-        );
-        assert!(text.ends_with("[9] text"));
-        let panic = format!(
-            "why\nKernel panic - not syncing: VFS\n{}",
-            "trace\n".repeat(20)
-        );
-        assert!(last_lines(&panic).ends_with("why | Kernel panic - not syncing: VFS"));
-        assert!(!last_lines("\u{1b}[2Jhello").contains('\u{1b}'));
     }
 }
