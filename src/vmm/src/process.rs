@@ -153,14 +153,21 @@ fn build(
 
 /// Serves requests until the machine has ended.
 fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessError> {
-    let mut size = machine.size();
+    let mut told = Told {
+        size: machine.size(),
+        at: Instant::now(),
+    };
     loop {
         if let Some(late) = reporter.late_detach() {
             let text = format!("the guest does not let go of {late}");
             reporter.channel.send(&Event::Failed(text), &[])?;
         }
-        reporter.report_size(machine, &mut size)?;
-        let patience = reporter.patience();
+        let soon = reporter.report_size(machine, &mut told)?;
+        let patience = [reporter.patience(), soon].into_iter().flatten().min();
+        // Up to the next millisecond, so that it is over then.
+        let patience = patience.and_then(|left| {
+            Timespec::try_from(left.saturating_add(Duration::from_millis(1))).ok()
+        });
         let mut ready = [
             PollFd::new(&reporter.channel, PollFlags::IN),
             PollFd::new(&reporter.wake, PollFlags::IN),
@@ -236,6 +243,16 @@ struct Reporter {
     detaching: Mutex<Option<(String, Instant)>>,
 }
 
+/// The size that the owner knows.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    size: Size,
+    at: Instant,
+}
+
+/// Least time between two sizes that are told.
+const SIZE_PAUSE: Duration = Duration::from_millis(100);
+
 /// How long a guest may take to let go of a device. A guest that can't, answers nothing at all.
 const DETACH_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -261,11 +278,9 @@ impl Reporter {
     }
 
     /// How long to wait for messages at most.
-    fn patience(&self) -> Option<Timespec> {
+    fn patience(&self) -> Option<Duration> {
         let (_, until) = self.detaching().clone()?;
-        // Up to the next millisecond, so that it is over then.
-        let left = until.saturating_duration_since(Instant::now());
-        Timespec::try_from(left.saturating_add(Duration::from_millis(1))).ok()
+        Some(until.saturating_duration_since(Instant::now()))
     }
 
     fn detaching(&self) -> MutexGuard<'_, Option<(String, Instant)>> {
@@ -274,15 +289,27 @@ impl Reporter {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the machine's size, if it is another than the last one. Many changes at once are told
-    /// as one: what the guest does must not fill the channel.
-    fn report_size(&self, machine: &Machine, last: &mut Size) -> Result<(), ChannelError> {
+    /// Tells the machine's size, if it is another than the last one; or for how long it must not be
+    /// told yet. Many changes are told as one: what the guest does must not keep the owner busy.
+    fn report_size(
+        &self,
+        machine: &Machine,
+        told: &mut Told,
+    ) -> Result<Option<Duration>, ChannelError> {
         let size = machine.size();
-        if size != *last {
-            *last = size;
-            self.channel.send(&Event::Size(size), &[])?;
+        if size == told.size {
+            return Ok(None);
         }
-        Ok(())
+        let since = told.at.elapsed();
+        if since < SIZE_PAUSE {
+            return Ok(Some(SIZE_PAUSE.saturating_sub(since)));
+        }
+        *told = Told {
+            size,
+            at: Instant::now(),
+        };
+        self.channel.send(&Event::Size(size), &[])?;
+        Ok(None)
     }
 
     fn wake(&self) {

@@ -153,7 +153,8 @@ impl Disks {
     }
 
     /// Pulls out what nobody uses but a container, which is gone from the guest. What the guest
-    /// does not let go of stays with the machine, and is found there if it is wanted again.
+    /// does not let go of stays with the machine, and is not found there again: the guest may still let
+    /// go of it, and another disk be where it was.
     pub(super) async fn detach(&self, vm: &Vm, container: &str) {
         let mut plugged = self.plugged.lock().await;
         let mut kept = Vec::new();
@@ -164,7 +165,6 @@ impl Disks {
                 kept.push(disk);
             } else if let Err(error) = vm.detach_disk(&disk.id).await {
                 warn!(container, id = disk.id, error = error.chain(), "disk stays");
-                kept.push(disk);
             }
         }
         plugged.disks = kept;

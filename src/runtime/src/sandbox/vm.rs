@@ -447,7 +447,7 @@ impl Listener {
                     info!(?milestone, at_us, "milestone");
                 }
                 Ok((Event::Size(size), _)) => {
-                    info!(size.vcpus, size.memory_mib, "resized");
+                    debug!(size.vcpus, size.memory_mib, "resized");
                     self.size.send_replace(Some(size));
                 }
                 // The connection itself says all; dropping it closes it.

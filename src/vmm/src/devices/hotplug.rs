@@ -66,6 +66,11 @@ impl HotplugRegisters {
         self.line.raise();
     }
 
+    /// What a slot has is to stay, if the guest has not heard otherwise yet.
+    pub fn keep(&self, slot: u8) {
+        self.lock().go &= !bit(slot);
+    }
+
     /// Whether a slot has what was announced.
     pub fn is_present(&self, slot: u8) -> bool {
         self.lock().present & bit(slot) != 0
@@ -163,6 +168,16 @@ mod tests {
         registers.announce(3);
         assert_eq!(read(&registers, 4), 0);
         assert!(registers.is_present(3));
+    }
+
+    #[test]
+    fn what_the_guest_has_not_heard_yet_is_taken_back() {
+        let log = Arc::new(Log::default());
+        let registers = HotplugRegisters::new(log.clone(), log);
+        registers.request_eject(2);
+        registers.request_eject(3);
+        registers.keep(2);
+        assert_eq!(read(&registers, 4), 1 << 3);
     }
 
     #[test]

@@ -78,6 +78,10 @@ impl HotVcpus {
             .range
             .clone()
             .partition(|id| self.registers.is_present(*id));
+        for id in present.iter().take(wanted) {
+            // A request to shrink that was before this one.
+            self.registers.keep(*id);
+        }
         let more = wanted.saturating_sub(present.len());
         for id in missing.into_iter().take(more) {
             self.plug(id)?;

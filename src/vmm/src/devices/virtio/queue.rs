@@ -198,10 +198,11 @@ impl ActiveQueue {
         F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
     {
         self.serve_while(|| true, memory, interrupt, serve)
+            .map(drop)
     }
 
-    /// The same as long as `ready` says so. When it doesn't, chains may be left: call it again
-    /// later, kick or no kick.
+    /// The same as long as `ready` says so. True if it didn't to the end: chains may be left, and must
+    /// be asked for again later, kick or no kick.
     ///
     /// # Errors
     /// As for `serve`.
@@ -211,7 +212,7 @@ impl ActiveQueue {
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
         mut serve: F,
-    ) -> Result<(), DeviceFault>
+    ) -> Result<bool, DeviceFault>
     where
         F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
     {
@@ -221,7 +222,8 @@ impl ActiveQueue {
             self.disarm(memory)?;
             while budget > 0 {
                 if !ready() {
-                    return self.signal(memory, interrupt);
+                    self.signal(memory, interrupt)?;
+                    return Ok(true);
                 }
                 let Some(chain) = self.pop(memory)? else {
                     break;
@@ -239,7 +241,8 @@ impl ActiveQueue {
         if budget == 0 {
             self.kick_again()?;
         }
-        self.signal(memory, interrupt)
+        self.signal(memory, interrupt)?;
+        Ok(false)
     }
 
     fn ring<T>(

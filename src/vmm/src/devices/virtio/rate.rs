@@ -58,6 +58,14 @@ impl RateLimiter {
         self.pay_at(Instant::now(), bytes);
     }
 
+    /// Pays for further bytes of the same operation.
+    pub(super) fn pay_more(&self, bytes: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(meter) = state.bytes.as_mut().filter(|_| bytes > 0) {
+            meter.pay(Instant::now(), bytes);
+        }
+    }
+
     fn wait_at(&self, now: Instant) -> Option<Duration> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let meters = state.bytes.iter().chain(&state.operations);

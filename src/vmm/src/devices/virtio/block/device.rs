@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
@@ -109,6 +111,7 @@ impl BlockDevice {
                 file,
                 direct,
                 sectors,
+                filled: AtomicU64::new(0),
                 read_only,
                 serial,
             }),
@@ -279,19 +282,26 @@ impl EventHandler for Handler {
             });
         };
         if token == TIMER {
-            timer.wait().map_err(failed)?;
+            // Not `wait`: it blocks if the kick that came along has set the timer again.
+            timer.clear().map_err(failed)?;
         }
         let ready = || limiter.wait().is_none();
-        self.queue
+        let left = self
+            .queue
             .serve_while(ready, &memory, &*self.interrupt, |chain| {
                 let lens = chain.clone().map(|buffer| u64::from(buffer.len()));
-                limiter.pay(lens.fold(0, u64::saturating_add));
-                disk.serve(&memory, chain, features)
+                // What moves more than the disk holds is refused, and moves nothing.
+                limiter.pay(lens.fold(0, u64::saturating_add).min(disk.bytes()));
+                let served = disk.serve(&memory, chain, features);
+                limiter.pay_more(disk.filled.swap(0, Ordering::Relaxed));
+                served
             })?;
-        match limiter.wait() {
-            Some(wait) => timer.reset(wait, None).map_err(failed),
-            None => Ok(()),
+        if !left {
+            return Ok(());
         }
+        // The driver need not kick for what it has left. The wait may be over by now.
+        let wait = limiter.wait().unwrap_or(Duration::from_nanos(1));
+        timer.reset(wait, None).map_err(failed)
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Barrier;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 
 use rustix::fs::OFlags;
@@ -23,6 +24,7 @@ fn disk(file: File, direct: Option<Direct>) -> Disk {
         file,
         direct,
         sectors: SECTORS,
+        filled: AtomicU64::new(0),
         read_only: false,
         serial: [0; SERIAL_LEN],
     }

@@ -6,6 +6,8 @@
 //! A discarded range becomes a hole where the file can have one; discard is advice, so where it
 //! can't, nothing is done. Zeroes are a promise: they are written where nothing cheaper makes them.
 
+use std::sync::atomic::Ordering;
+
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 
@@ -137,6 +139,7 @@ impl Disk {
             let len = usize::try_from(step).map_err(|_| IO_ERROR)?;
             let piece = zeroes.get_mut(..len).ok_or(IO_ERROR)?;
             self.write(Buffers::of(piece), offset)?;
+            self.filled.fetch_add(step, Ordering::Relaxed);
             offset = offset.saturating_add(step);
             left = left.saturating_sub(step);
         }

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::AtomicU64;
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
@@ -42,6 +43,8 @@ pub(super) struct Disk {
     /// How to go about it, if it was opened with O_DIRECT.
     pub(super) direct: Option<Direct>,
     pub(super) sectors: u64,
+    /// Bytes written to fill ranges with zeroes, which a request has none of, and not paid for yet.
+    pub(super) filled: AtomicU64,
     pub(super) read_only: bool,
     pub(super) serial: [u8; SERIAL_LEN],
 }
@@ -54,6 +57,11 @@ pub(super) struct Buffers<'a>(Vec<VolatileSlice<'a>>);
 type Outcome = Result<usize, u8>;
 
 impl Disk {
+    /// What it holds.
+    pub(super) fn bytes(&self) -> u64 {
+        self.sectors.saturating_mul(SECTOR)
+    }
+
     /// Serves the request in `chain` of a driver that agreed on `features`, and returns the bytes
     /// written to guest memory.
     ///

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_queue::desc::RawDescriptor;
@@ -75,6 +76,7 @@ impl Fixture {
             file,
             direct: None,
             sectors,
+            filled: AtomicU64::new(0),
             read_only,
             serial,
         };
