@@ -166,6 +166,11 @@ fn a_direct_assigned_volume_is_mounted_in_the_guest() -> Outcome {
             "it is still there"
         );
         image.check()?;
+        // Its users are gone, and with them its mount in the guest: one that comes back gets another.
+        let again = started(&pod, &config("again", Access::Write))?;
+        ensure!(again.shell("cat /data/file; echo more >> /data/file; sync /data/file")? == "kept");
+        again.stop(30)?;
+        again.remove()?;
         // Its path is only a folder now.
         drop(assigned);
         let third = started(&pod, &config("third", Access::Write))?;

@@ -69,6 +69,20 @@ fn a_folder_of_a_volume_in_memory_is_a_part_of_it() -> Outcome {
         second.shell("echo here > /part/file")?;
         let first = started(&pod, &whole)?;
         ensure!(first.shell("cat /fast/sub/file")? == "here");
+        // Who has the whole must not lead others out of it.
+        first.shell("mv /fast/sub /fast/away; ln -s / /fast/sub")?;
+        let part = with_mount(
+            pod.container("third", WAITS),
+            &volumes.subpath("fast", "second", 0)?,
+            "/part",
+            Access::Write,
+        );
+        let error = pod.create(&part).and_then(|container| container.start());
+        let words = format!(
+            "{:#}",
+            error.err().unwrap_or_else(|| anyhow::anyhow!("taken"))
+        );
+        ensure!(words.contains("sub"), "{words}");
         pod.remove()
     })
 }

@@ -15,6 +15,9 @@ use super::MountOptions;
 use crate::error::{AgentError, Context as _, Kind, Result};
 use crate::sys::mount::{Attributes, set_attributes};
 
+/// Where the pod's volumes and shared files are in the guest.
+const OURS: &str = "/run/kata-containers";
+
 /// Makes a detached mount of a new (or the kernel's only) file system of type `kind`.
 ///
 /// # Errors
@@ -86,12 +89,18 @@ pub(crate) fn bind(source: &Path, options: &MountOptions) -> Result<OwnedFd> {
             "option {key:?} has no meaning for a bind mount"
         )));
     }
+    // What a container writes to may be part of a path there: a link must not lead it out.
+    let resolve = if source.starts_with(OURS) {
+        ResolveFlags::NO_SYMLINKS
+    } else {
+        ResolveFlags::NO_MAGICLINKS
+    };
     let source_fd = openat2(
         CWD,
         source,
         OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
-        ResolveFlags::NO_MAGICLINKS,
+        resolve,
     )
     .context(|| format!("source {source:?}"))?;
     let mount = clone_mount(source_fd.as_fd(), options.recursive_bind)

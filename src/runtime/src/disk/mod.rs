@@ -59,6 +59,8 @@ pub(crate) struct Filesystem {
 pub(crate) struct Identity {
     content: Content,
     read_only: bool,
+    /// Nobody else may have it: one who didn't ask for that has not got it.
+    alone: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,16 +98,25 @@ impl Wanted {
                     .ok_or_else(|| self.wrong("it is neither a block device nor a file"))?
             }
         };
-        let read_only = self.read_only;
-        Ok(Identity { content, read_only })
+        Ok(Identity {
+            content,
+            read_only: self.read_only,
+            alone: self.alone(),
+        })
+    }
+
+    /// Whether nobody else may have it open.
+    fn alone(&self) -> bool {
+        matches!(self.role, Role::Filesystem(_)) && !self.read_only
     }
 
     /// Opens it; `direct` goes past the host's page cache. A file system that is to be written is
     /// held alone for as long as the file is open: it would not survive a second kernel.
     pub(crate) fn open(&self, direct: bool) -> Result<File> {
-        let alone = matches!(self.role, Role::Filesystem(_)) && !self.read_only;
         let Identity {
-            content: wanted, ..
+            content: wanted,
+            alone,
+            ..
         } = self.identity()?;
         let is_device = matches!(wanted, Content::Device(_));
         let mut flags = 0;

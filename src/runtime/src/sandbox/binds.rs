@@ -24,16 +24,19 @@ pub(super) const UNCACHED: &str = "watchable";
 /// What is bound, by its place in the tree.
 #[derive(Debug, Default)]
 pub(super) struct Binds {
-    places: Mutex<HashMap<String, Arc<Mutex<Place>>>>,
+    places: Mutex<HashMap<String, Place>>,
 }
 
-/// One place. Locked while it is being mounted, so that a second user waits for the first, and
-/// nobody else does.
+/// One place.
 #[derive(Debug, Default)]
 struct Place {
-    bind: Option<Bind>,
     users: BTreeSet<String>,
+    mounted: Arc<Mounted>,
 }
+
+/// What is mounted at a place. Locked while that changes, so that a second user waits for the first,
+/// and nobody else does.
+type Mounted = Mutex<Option<Bind>>;
 
 /// What is bound, whichever of a container's mounts it is.
 fn what(bind: &Bind) -> Bind {
@@ -61,66 +64,88 @@ impl Binds {
     /// Binds something for a container, unless it is there for another.
     pub(super) fn add(&self, tree: &Path, container: &str, bind: &Bind) -> Result<()> {
         let name = place(bind);
-        let place = Arc::clone(lock(&self.places).entry(name.clone()).or_default());
-        let mut place = lock(&place);
-        match &place.bind {
-            Some(there) if *there == what(bind) => {}
-            Some(there) => {
-                // 64 bits are enough but for somebody who looks for such a pair.
-                return Err(ShimError::new(
-                    Kind::InvalidArgument,
-                    format!(
-                        "mount {}: its place in the guest is that of {}",
-                        bind.source.display(),
-                        there.source.display()
-                    ),
-                ));
-            }
+        let shared = {
+            let mut places = lock(&self.places);
+            let place = places.entry(name.clone()).or_default();
+            place.users.insert(container.to_owned());
+            Arc::clone(&place.mounted)
+        };
+        let mut mounted = lock(&shared);
+        let there = match &*mounted {
+            Some(there) if *there == what(bind) => Ok(()),
+            // 64 bits are enough but for somebody who looks for such a pair.
+            Some(there) => Err(ShimError::new(
+                Kind::InvalidArgument,
+                format!(
+                    "mount {}: its place in the guest is that of {}",
+                    bind.source.display(),
+                    there.source.display()
+                ),
+            )),
             None => {
                 let target = tree.join(&name);
-                if let Err(error) = mount_at(&target, bind) {
+                let done = mount_at(&target, bind);
+                if done.is_ok() {
+                    *mounted = Some(what(bind));
+                } else {
                     // An empty mount point, which the next to try finds.
                     let _ = remove_point(&target);
-                    return Err(error);
                 }
-                place.bind = Some(what(bind));
+                done
             }
+        };
+        drop(mounted);
+        drop(shared);
+        if there.is_err() {
+            let mut places = lock(&self.places);
+            if let Some(place) = places.get_mut(&name) {
+                place.users.remove(container);
+            }
+            forget(&mut places, &name);
         }
-        place.users.insert(container.to_owned());
-        Ok(())
+        there
     }
 
     /// Takes away what only this container used.
     pub(super) fn remove(&self, tree: &Path, container: &str) -> Result<()> {
-        let places: Vec<_> = lock(&self.places)
-            .iter()
-            .map(|(name, place)| (name.clone(), Arc::clone(place)))
-            .collect();
-        for (name, shared) in places {
-            let mut place = lock(&shared);
-            if !place.users.contains(container) || place.users.len() > 1 {
-                place.users.remove(container);
+        let mut unused = Vec::new();
+        for (name, place) in &mut *lock(&self.places) {
+            if place.users.remove(container) && place.users.is_empty() {
+                unused.push((name.clone(), Arc::clone(&place.mounted)));
+            }
+        }
+        let mut removed = Ok(());
+        for (name, mounted) in unused {
+            let mut there = lock(&mounted);
+            // Somebody may have come meanwhile, and waits for this lock.
+            let used = |place: &Place| !place.users.is_empty();
+            if lock(&self.places).get(&name).is_some_and(used) || there.is_none() {
                 continue;
             }
             let target = tree.join(&name);
-            unmount(&target).internal(|| format!("unmount {}", target.display()))?;
-            *place = Place::default();
-            drop(place);
-            self.forget(&name);
+            match unmount(&target).internal(|| format!("unmount {}", target.display())) {
+                Ok(()) => *there = None,
+                Err(error) => {
+                    // It can be removed again.
+                    if let Some(place) = lock(&self.places).get_mut(&name) {
+                        place.users.insert(container.to_owned());
+                    }
+                    removed = removed.and(Err(error));
+                }
+            }
+            drop(there);
+            drop(mounted);
+            forget(&mut lock(&self.places), &name);
         }
-        Ok(())
+        removed
     }
+}
 
-    /// Drops the entry of a place that nobody uses or waits for.
-    fn forget(&self, name: &str) {
-        let mut places = lock(&self.places);
-        // One for the table and one for the caller: nobody else can get at it meanwhile.
-        if places
-            .get(name)
-            .is_some_and(|place| Arc::strong_count(place) == 2)
-        {
-            places.remove(name);
-        }
+/// Drops the entry of a place that nobody uses or waits for.
+fn forget(places: &mut HashMap<String, Place>, name: &str) {
+    let idle = |place: &Place| place.users.is_empty() && Arc::strong_count(&place.mounted) == 1;
+    if places.get(name).is_some_and(idle) {
+        places.remove(name);
     }
 }
 
@@ -224,6 +249,7 @@ mod tests {
         assert!(null.unwrap_err().chain().contains("only files and folders"));
         let left = fs::read_dir(tree.path().join(CACHED)).unwrap().count();
         assert_eq!(left, 0);
+        assert!(lock(&binds.places).is_empty());
         binds.remove(tree.path(), "c1").unwrap();
     }
 }

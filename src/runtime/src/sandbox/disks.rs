@@ -5,7 +5,8 @@
 //! Nothing of them is in the journal: an open file is all that there is on the host, and that ends
 //! with the machine's process.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use protocols::agent::agent::{Device, Storage};
 use tokio::sync::Mutex;
@@ -22,6 +23,8 @@ use crate::error::{Context, Result};
 #[derive(Debug)]
 pub(super) struct Disks {
     settings: Settings,
+    /// Who has asked for any: all others have nothing to wait for.
+    askers: StdMutex<HashSet<String>>,
     plugged: Mutex<Plugged>,
 }
 
@@ -50,7 +53,7 @@ struct Disk {
     identity: Identity,
     /// Where the guest finds it.
     slot: u8,
-    /// The containers that use it; none where the guest did not let go of it.
+    /// The containers that use it.
     users: Vec<String>,
 }
 
@@ -92,6 +95,7 @@ impl Disks {
     pub(super) fn new(settings: Settings) -> Self {
         Self {
             settings,
+            askers: StdMutex::default(),
             plugged: Mutex::default(),
         }
     }
@@ -104,6 +108,9 @@ impl Disks {
         wanted: Vec<Wanted>,
     ) -> Result<InGuest> {
         let mut guest = InGuest::default();
+        if !wanted.is_empty() {
+            self.askers().insert(container.to_owned());
+        }
         for wanted in wanted {
             let wanted = Arc::new(wanted);
             let slot = match self.attach_one(vm, container, &wanted).await {
@@ -119,9 +126,11 @@ impl Disks {
     }
 
     async fn attach_one(&self, vm: &Vm, container: &str, wanted: &Arc<Wanted>) -> Result<u8> {
+        let looking = Arc::clone(wanted);
+        let looked = spawn_blocking(move || looking.identity()).await;
+        let identity = looked.internal(|| "task".to_owned())??;
         // Held to the end: two containers may want the same.
         let mut plugged = self.plugged.lock().await;
-        let identity = wanted.identity()?;
         let mut disks = plugged.disks.iter_mut();
         if let Some(disk) = disks.find(|disk| disk.identity == identity) {
             disk.users.push(container.to_owned());
@@ -156,6 +165,9 @@ impl Disks {
     /// does not let go of stays with the machine, and is not found there again: the guest may still let
     /// go of it, and another disk be where it was.
     pub(super) async fn detach(&self, vm: &Vm, container: &str) {
+        if !self.askers().remove(container) {
+            return;
+        }
         let mut plugged = self.plugged.lock().await;
         let mut kept = Vec::new();
         for mut disk in plugged.disks.drain(..) {
@@ -168,6 +180,10 @@ impl Disks {
             }
         }
         plugged.disks = kept;
+    }
+
+    fn askers(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.askers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -187,8 +203,8 @@ impl InGuest {
                 fstype: filesystem.kind.clone(),
                 options: filesystem.options.clone(),
                 mount_point: filesystem.point.clone(),
+                // Counted by its users: it must be unmounted before its disk goes.
                 fs_group: filesystem.group.clone().into(),
-                shared: true,
                 ..Storage::default()
             }),
         }

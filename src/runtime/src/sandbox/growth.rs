@@ -17,37 +17,48 @@ use crate::error::{Kind, Result, ShimError};
 
 /// The limits of the containers that there are.
 #[derive(Debug, Default)]
-pub(super) struct Demand(HashMap<String, Limits>);
+pub(super) struct Demand {
+    limits: HashMap<String, Limits>,
+    /// What the guest was asked for last. It may be on its way there still.
+    asked: Option<Size>,
+}
 
 impl Sandbox {
     /// A container comes: there is room for it when this returns.
     pub(crate) async fn admit(&self, container: &str, limits: Limits) -> Result<()> {
-        // Held while the guest takes: sizes follow one another, and nothing else waits for them.
-        let mut demand = self.demand.lock().await;
-        demand.0.insert(container.to_owned(), limits);
         self.look_at(container, limits);
-        let grown = self.grow(&demand).await;
+        if self.is_fixed() {
+            return Ok(());
+        }
+        // Held while the guest takes: sizes follow one another.
+        let mut demand = self.demand.lock().await;
+        demand.limits.insert(container.to_owned(), limits);
+        let grown = self.grow(&mut demand).await;
         if grown.is_err() {
-            demand.0.remove(container);
+            demand.limits.remove(container);
         }
         grown
     }
 
     /// Changes a container's limits, with the machine around it.
     pub(crate) async fn update(&self, container: &str, resources: LinuxResources) -> Result<()> {
+        if self.is_fixed() {
+            self.look_at(container, Limits::default().changed_by(&resources));
+            return self.agent.update(container, resources).await;
+        }
         let mut demand = self.demand.lock().await;
-        let before = demand.0.get(container).copied().unwrap_or_default();
+        let before = demand.limits.get(container).copied().unwrap_or_default();
         let limits = before.changed_by(&resources);
-        demand.0.insert(container.to_owned(), limits);
+        demand.limits.insert(container.to_owned(), limits);
         self.look_at(container, limits);
-        let updated = match self.grow(&demand).await {
+        let updated = match self.grow(&mut demand).await {
             Ok(()) => self.agent.update(container, resources).await,
             Err(error) => Err(error),
         };
         if updated.is_err() {
-            demand.0.insert(container.to_owned(), before);
+            demand.limits.insert(container.to_owned(), before);
         }
-        self.shrink(&demand).await;
+        self.shrink(&mut demand).await;
         updated
     }
 
@@ -56,9 +67,9 @@ impl Sandbox {
         let (sandbox, container) = (Arc::clone(self), container.to_owned());
         tokio::spawn(async move {
             let mut demand = sandbox.demand.lock().await;
-            demand.0.remove(&container);
+            demand.limits.remove(&container);
             if !sandbox.has_ended() && !sandbox.was_stopped() {
-                sandbox.shrink(&demand).await;
+                sandbox.shrink(&mut demand).await;
             }
         });
     }
@@ -82,17 +93,27 @@ impl Sandbox {
     }
 
     fn wanted(&self, demand: &Demand) -> Size {
-        sum(self.plan.size, self.plan.most, demand.0.values())
+        sum(self.plan.size, self.plan.most, demand.limits.values())
     }
 
-    async fn grow(&self, demand: &Demand) -> Result<()> {
+    /// Whether the machine stays as it is.
+    fn is_fixed(&self) -> bool {
+        self.plan.size == self.plan.most
+    }
+
+    /// What the guest was asked for last.
+    fn asked(&self, demand: &Demand) -> Size {
+        demand.asked.unwrap_or(self.plan.size)
+    }
+
+    async fn grow(&self, demand: &mut Demand) -> Result<()> {
         let (plan, now, wanted) = (&self.plan, self.size(), self.wanted(demand));
-        if plan.size == plan.most {
-            return Ok(());
-        }
-        if wanted.memory_mib > now.memory_mib {
+        let asked = self.asked(demand);
+        // A guest that has more may be about to give it back.
+        if wanted.memory_mib > now.memory_mib.min(asked.memory_mib) {
             let mib = wanted.memory_mib;
             self.vm.resize(Request::ResizeMemory { mib }).await?;
+            demand.asked.get_or_insert(plan.size).memory_mib = mib;
             let size = self.vm.resized(|size| size.memory_mib >= mib).await;
             let has = size.unwrap_or(plan.size).memory_mib;
             if has < mib {
@@ -102,9 +123,10 @@ impl Sandbox {
                 ));
             }
         }
-        if wanted.vcpus > now.vcpus {
+        if wanted.vcpus > now.vcpus.min(asked.vcpus) {
             let count = wanted.vcpus;
             self.vm.resize(Request::ResizeVcpus { count }).await?;
+            demand.asked.get_or_insert(plan.size).vcpus = count;
             let plugged = count.saturating_sub(now.vcpus);
             self.agent.online_cpus(plugged.into()).await?;
             self.cpus.refresh(self.pid())?;
@@ -113,16 +135,20 @@ impl Sandbox {
         Ok(())
     }
 
-    async fn shrink(&self, demand: &Demand) {
-        let (now, wanted) = (self.size(), self.wanted(demand));
-        if wanted.memory_mib < now.memory_mib {
+    async fn shrink(&self, demand: &mut Demand) {
+        let (plan, now, wanted) = (&self.plan, self.size(), self.wanted(demand));
+        let asked = self.asked(demand);
+        // A guest that has less may be about to take it.
+        if wanted.memory_mib < now.memory_mib.max(asked.memory_mib) {
             let mib = wanted.memory_mib;
+            demand.asked.get_or_insert(plan.size).memory_mib = mib;
             let request = Request::ResizeMemory { mib };
             self.give_back(request, "MiB", |size| size.memory_mib <= mib)
                 .await;
         }
-        if wanted.vcpus < now.vcpus {
+        if wanted.vcpus < now.vcpus.max(asked.vcpus) {
             let count = wanted.vcpus;
+            demand.asked.get_or_insert(plan.size).vcpus = count;
             let request = Request::ResizeVcpus { count };
             self.give_back(request, "vCPUs", |size| size.vcpus <= count)
                 .await;

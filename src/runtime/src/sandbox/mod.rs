@@ -182,7 +182,6 @@ impl Booting {
         let share_path = paths::share(name);
         journal.make_folder(&share_path)?;
         let made = network::make(plan, config, journal)?;
-        let share = Share::create(&share_path)?;
         let console = if config.monitor.debug {
             Some(
                 stderr()
@@ -195,6 +194,8 @@ impl Booting {
         };
         let cgroups = Cgroups::create(&plan.cgroup, config.cgroup_only, name, journal)?;
         info!(sandbox = id, vcpus, memory_mib, "booting");
+        // Whatever fails from here on closes it.
+        let share = Share::create(&share_path)?;
         let (network, nets) = made.unzip();
         // What is wired later is found through the machine's process.
         let home = match plan.network {
@@ -441,7 +442,10 @@ impl Sandbox {
             .internal(|| "task".to_owned())
             .flatten();
         // The machine's own end is the first to report.
-        let removed = journal.close();
+        let removed = spawn_blocking(move || journal.close())
+            .await
+            .internal(|| "task".to_owned())
+            .flatten();
         stopped.and(removed).and(closed)
     }
 }

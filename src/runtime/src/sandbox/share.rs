@@ -82,10 +82,22 @@ impl Share {
             ),
         )
         .internal(context)?;
+        let made = share.prepare();
+        if made.is_err() {
+            // Not all of it is there, and what is must not stay.
+            let _ = mount::unmount(root);
+        }
+        made.map(|()| share)
+    }
+
+    /// Makes the two views of a new tree.
+    fn prepare(&self) -> Result<()> {
+        let root = &self.root;
+        let context = || format!("make the shared tree at {}", root.display());
         // What follows stays inside the tmpfs: it must not spread from here either.
         let private = MountPropagationFlags::PRIVATE;
         rustix::mount::mount_change(root, private).internal(context)?;
-        let (writable, guest) = (share.writable(), share.guest());
+        let (writable, guest) = (self.writable(), self.guest());
         make_folder(&writable.join("passthrough"))?;
         Binds::prepare(&writable)?;
         make_folder(&guest)?;
@@ -95,7 +107,7 @@ impl Share {
         // Takes what happens in `rw`, gives nothing back.
         let downstream = MountPropagationFlags::DOWNSTREAM;
         rustix::mount::mount_change(&guest, downstream).internal(context)?;
-        Ok(share)
+        Ok(())
     }
 
     /// A tree that isn't there: nothing was mounted.
