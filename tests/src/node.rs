@@ -117,11 +117,15 @@ impl Node {
         &self.containerd
     }
 
-    /// How many of its guests have ended by a triple fault, by their shims' words.
+    /// How many of its guests have ended by a triple fault or never came up, by their shims' words.
     #[must_use]
-    pub fn triple_faults(&self) -> usize {
-        let words = "ended reason=\"a triple fault of the guest's kernel\"";
-        self.containerd.log().matches(words).count()
+    pub fn lost_guests(&self) -> usize {
+        let words = [
+            "ended reason=\"a triple fault of the guest's kernel\"",
+            "the guest's agent was not ready within",
+        ];
+        let log = self.containerd.log();
+        words.iter().map(|words| log.matches(words).count()).sum()
     }
 
     /// Its networks.

@@ -28,18 +28,18 @@ pub fn scenario(body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
 
 /// The same for pods: on a node, with its CRI.
 ///
-/// One that fails while a guest of its ended by a triple fault is run once more, and told, for all to
-/// see: the dev VM's emulated processor ends one now and then, guests that are not ours as well
-/// (`xtask/src/vm/qemu.rs`). Any other failure counts at once.
+/// One that fails while a guest of its ended by a triple fault, or never came up, is run once more, and
+/// told, for all to see: the dev VM's emulated processor loses one now and then, guests that are not ours
+/// as well (`xtask/src/vm/qemu.rs`). Any other failure counts at once.
 pub fn pod_scenario(body: impl Fn(&Node) -> Result<()>) -> Outcome {
     let run = || -> Result<(Result<()>, bool)> {
         // Before the lock: one node serves the tests that wait for it as well.
         let node = Node::shared()?;
         let _alone = alone()?;
-        let before = node.triple_faults();
+        let before = node.lost_guests();
         let result = framed(node.ctr(), || body(&node), || node.sweep())
             .with_context(|| autopsy::report(&node));
-        Ok((result, node.triple_faults() > before))
+        Ok((result, node.lost_guests() > before))
     };
     let attempt = || match run()? {
         (Err(error), true) => {
