@@ -7,9 +7,8 @@ use std::time::Duration;
 use protocols::agent::agent::Device;
 use protocols::agent::oci;
 use rustix::fs::{FileType, Mode, OFlags, major, minor, open, stat};
-use tokio::time::{Instant, timeout_at};
 
-use crate::error::{AgentError, Context as _, Result};
+use crate::error::{AgentError, Result};
 use crate::kernel_events::KernelEvents;
 use crate::pci;
 
@@ -44,24 +43,14 @@ impl Disk {
         } else {
             Place::Pci(pci::Path::parse(source)?)
         };
-        let events = KernelEvents::of_devices().context(|| "listen to devices")?;
-        let deadline = Instant::now()
-            .checked_add(patience)
-            .unwrap_or_else(Instant::now);
-        loop {
-            if let Some(disk) = place.find() {
-                return Ok(disk);
-            }
-            match timeout_at(deadline, events.next()).await {
-                Ok(event) => event.context(|| "listen to devices")?,
-                Err(_) => {
-                    return Err(AgentError::not_found(format!(
-                        "no disk appeared at {source} within {} s",
-                        patience.as_secs()
-                    )));
-                }
-            }
-        }
+        let events = KernelEvents::of_devices()?;
+        let found = events.until(patience, || Ok(place.find())).await?;
+        found.ok_or_else(|| {
+            AgentError::not_found(format!(
+                "no disk appeared at {source} within {} s",
+                patience.as_secs()
+            ))
+        })
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::netlink::{KOBJECT_UEVENT, SocketAddrNetlink};
@@ -12,7 +13,9 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, timeout_at};
 
+use crate::error::{Context as _, Result};
 use crate::sys;
 
 /// The kernel fills at most this much at once.
@@ -20,7 +23,11 @@ const BUFFER: usize = 64 << 10;
 
 /// Events since the socket was opened.
 #[derive(Debug)]
-pub(crate) struct KernelEvents(AsyncFd<OwnedFd>);
+pub(crate) struct KernelEvents {
+    socket: AsyncFd<OwnedFd>,
+    /// What they are about, for errors.
+    what: &'static str,
+}
 
 impl KernelEvents {
     /// Of network interfaces.
@@ -28,11 +35,11 @@ impl KernelEvents {
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn of_links() -> io::Result<Self> {
+    pub(crate) fn of_links() -> Result<Self> {
         /// `RTMGRP_LINK`.
         const LINKS: u32 = 1;
         // `NETLINK_ROUTE` is 0, which `socket(2)` takes for no protocol in particular.
-        Self::listen(None, LINKS)
+        Self::listen(None, LINKS, "interfaces")
     }
 
     /// Of devices.
@@ -40,33 +47,58 @@ impl KernelEvents {
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn of_devices() -> io::Result<Self> {
+    pub(crate) fn of_devices() -> Result<Self> {
         /// The group that the kernel itself sends to.
         const KERNEL: u32 = 1;
-        Self::listen(Some(KOBJECT_UEVENT), KERNEL)
+        Self::listen(Some(KOBJECT_UEVENT), KERNEL, "devices")
     }
 
-    fn listen(protocol: Option<Protocol>, groups: u32) -> io::Result<Self> {
-        let socket = socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            protocol,
-        )?;
-        bind(&socket, &SocketAddrNetlink::new(0, groups))?;
-        Ok(Self(sys::watch::watch(socket, Interest::READABLE)?))
+    fn listen(protocol: Option<Protocol>, groups: u32, what: &'static str) -> Result<Self> {
+        let open = || -> io::Result<AsyncFd<OwnedFd>> {
+            let socket = socket_with(
+                AddressFamily::NETLINK,
+                SocketType::RAW,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                protocol,
+            )?;
+            bind(&socket, &SocketAddrNetlink::new(0, groups))?;
+            sys::watch::watch(socket, Interest::READABLE)
+        };
+        let socket = open().context(|| format!("listen to {what}"))?;
+        Ok(Self { socket, what })
     }
 
-    /// Waits for events, and takes all that are there.
+    /// Has `find` look now and after each event, until it finds something; none once `patience` is
+    /// over.
     ///
     /// # Errors
     ///
-    /// The kernel's.
-    pub(crate) async fn next(&self) -> io::Result<()> {
-        let mut ready = self.0.readable().await?;
+    /// The kernel's, or those of `find`.
+    pub(crate) async fn until<T>(
+        &self,
+        patience: Duration,
+        mut find: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        let deadline = Instant::now()
+            .checked_add(patience)
+            .unwrap_or_else(Instant::now);
+        loop {
+            if let Some(found) = find()? {
+                return Ok(Some(found));
+            }
+            match timeout_at(deadline, self.next()).await {
+                Ok(event) => event.context(|| format!("listen to {}", self.what))?,
+                Err(_) => return Ok(None),
+            }
+        }
+    }
+
+    /// Waits for events, and takes all that are there.
+    async fn next(&self) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
         let mut buffer = vec![0; BUFFER];
         loop {
-            match recv(self.0.get_ref(), &mut *buffer, RecvFlags::empty()) {
+            match recv(self.socket.get_ref(), &mut *buffer, RecvFlags::empty()) {
                 // More events than fit are events as well.
                 Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => {}
                 Err(Errno::AGAIN) => break,

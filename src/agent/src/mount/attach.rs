@@ -7,8 +7,8 @@ use std::path::Path;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
-    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
-    fspick, move_mount, open_tree,
+    UnmountFlags, fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen, fspick, move_mount, open_tree, unmount,
 };
 
 use super::MountOptions;
@@ -126,6 +126,16 @@ pub(crate) fn clone_mount(
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     open_tree(source, "", flags)
+}
+
+/// Takes away what is mounted at `path`; who uses it keeps it until it is done.
+///
+/// # Errors
+///
+/// The kernel's, with the path.
+pub(crate) fn detach(path: &Path) -> Result<()> {
+    unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+        .context(|| format!("unmount {path:?}"))
 }
 
 /// Attaches `mount` on top of `target`, then gives it its propagation.

@@ -7,6 +7,6 @@ mod attach;
 mod options;
 mod resolve;
 
-pub(crate) use attach::{attach, bind, clone_mount, filesystem, reconfigure};
+pub(crate) use attach::{attach, bind, clone_mount, detach, filesystem, reconfigure};
 pub(crate) use options::{MountOptions, Propagation};
 pub(crate) use resolve::{Target, create_beneath, create_in_root, is_linked, open_in_root};

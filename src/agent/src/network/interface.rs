@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use protobuf::EnumOrUnknown;
 use protocols::agent::types::{IPAddress, IPFamily, Interface};
-use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::address::{self, Network};
@@ -124,26 +123,16 @@ impl Wanted {
 
 /// A plugged device becomes an interface in the kernel's own time, and the kernel tells.
 async fn appeared(place: &Place, patience: Duration) -> Result<Link> {
-    let events = KernelEvents::of_links().context(|| "listen to interfaces")?;
-    let deadline = Instant::now()
-        .checked_add(patience)
-        .unwrap_or_else(Instant::now);
+    let events = KernelEvents::of_links()?;
     let netlink = super::open()?;
-    loop {
-        if let Some(link) = place.find(links(&netlink)?) {
-            return Ok(link);
-        }
-        match timeout_at(deadline, events.next()).await {
-            Ok(event) => event.context(|| "listen to interfaces")?,
-            Err(_) => {
-                return Err(AgentError::not_found(format!(
-                    "no device with {} appeared within {} s",
-                    place.words(),
-                    patience.as_secs()
-                )));
-            }
-        }
-    }
+    let look = || Ok(place.find(links(&netlink)?));
+    events.until(patience, look).await?.ok_or_else(|| {
+        AgentError::not_found(format!(
+            "no device with {} appeared within {} s",
+            place.words(),
+            patience.as_secs()
+        ))
+    })
 }
 
 impl Place {

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use protocols::agent::agent::Storage;
 use rustix::fs::{Mode, OFlags, open, openat, syncfs};
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount as detach};
 
 use super::driver::{Mounted, target};
 use super::group;
@@ -64,8 +63,7 @@ pub(super) fn unmount(point: &Path, device: &Path) -> Result<()> {
     let written = root
         .and_then(syncfs)
         .context(|| format!("write out {point:?}"));
-    detach(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-        .context(|| format!("unmount {point:?}"))?;
+    mount::detach(point)?;
     written?;
     // To a disk that is in use the kernel gives nobody exclusive access.
     let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use protocols::agent::agent::Storage;
 use rustix::fs::{CWD, Mode, OFlags, fchmod, fchown, openat2};
 use rustix::fs::{Gid, ResolveFlags};
-use rustix::mount::{UnmountFlags, unmount};
 use tracing::warn;
 
 use super::disk;
@@ -55,16 +54,12 @@ impl Mounted {
     ///
     /// The kernel's, with the path.
     pub(crate) fn unmount(self) -> Result<()> {
-        let away = |path: &Path| {
-            unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-                .context(|| format!("unmount {path:?}"))
-        };
         match self {
-            Self::Mount(path) => away(&path),
+            Self::Mount(path) => mount::detach(&path),
             Self::Disk { point, device } => disk::unmount(&point, &device),
             Self::Folder => Ok(()),
-            Self::Copy(path, copy) => away(&path).and_then(|()| copy.remove()),
-            Self::Huge(path, pages) => away(&path).and_then(|()| pages.give_back()),
+            Self::Copy(path, copy) => mount::detach(&path).and_then(|()| copy.remove()),
+            Self::Huge(path, pages) => mount::detach(&path).and_then(|()| pages.give_back()),
         }
     }
 }

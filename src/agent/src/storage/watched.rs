@@ -24,7 +24,6 @@ use rustix::fs::{
     unlinkat,
 };
 use rustix::io::Errno;
-use rustix::mount::{UnmountFlags, unmount};
 use tracing::warn;
 
 use crate::error::{Context as _, Result};
@@ -140,8 +139,7 @@ impl Watched {
     ///
     /// The kernel's.
     pub(super) fn remove(&self) -> Result<()> {
-        unmount(&self.home, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-            .context(|| format!("unmount {:?}", self.home))?;
+        mount::detach(&self.home)?;
         // Only a mount point: nothing is lost where it stays.
         let _ = std::fs::remove_dir(&self.home);
         Ok(())
