@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{env, io, thread};
 
 use protocols::containerd::mount::Mount;
-use rustix::fs::CWD;
+use rustix::fs::{CWD, StatFs};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::error::{Context, Kind, Result, ShimError};
@@ -16,6 +16,15 @@ use crate::raw;
 
 /// `mount(2)` takes one page of options, the terminator included.
 const OPTIONS_LIMIT: usize = 4096;
+
+/// `statfs(2)`: a tmpfs.
+pub(crate) const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// The size of a file system, in bytes.
+pub(crate) fn size(held: &StatFs) -> u64 {
+    held.f_blocks
+        .saturating_mul(u64::try_from(held.f_bsize).unwrap_or(0))
+}
 
 /// fstab-style options, taken apart.
 #[derive(Debug, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use data_encoding::BASE64URL;
 use protocols::agent::agent::FSGroup;
 use protocols::agent::types::FSGroupChangePolicy;
 use serde::{Deserialize, Serialize};
@@ -22,8 +23,6 @@ const FILE: &str = "mountInfo.json";
 
 /// Where the guest mounts volumes.
 const GUEST_ROOT: &str = "/run/kata-containers/sandbox/storage";
-
-const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 /// A volume, as it is told.
 #[derive(Debug, Deserialize, Serialize)]
@@ -174,20 +173,7 @@ impl MountInfo {
 
 /// A path as a file name: base64, URL-safe (RFC 4648, section 5).
 fn encode(path: &Path) -> String {
-    let mut text = String::new();
-    for chunk in path.as_os_str().as_encoded_bytes().chunks(3) {
-        let mut bytes = [0; 4];
-        for (to, from) in bytes.iter_mut().skip(1).zip(chunk) {
-            *to = *from;
-        }
-        let bits = u32::from_be_bytes(bytes);
-        for (at, shift) in [18, 12, 6, 0].into_iter().enumerate() {
-            let index = usize::try_from(bits >> shift & 63).unwrap_or_default();
-            let letter = BASE64.get(index).copied().map_or('=', char::from);
-            text.push(if at > chunk.len() { '=' } else { letter });
-        }
-    }
-    text
+    BASE64URL.encode(path.as_os_str().as_encoded_bytes())
 }
 
 #[cfg(test)]

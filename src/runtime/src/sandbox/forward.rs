@@ -15,7 +15,8 @@ use tokio::time::{sleep, timeout};
 use tokio::{select, spawn};
 use tracing::{debug, warn};
 
-use super::{DIAL_TIMEOUT, Sandbox, dial, read_line};
+use super::Sandbox;
+use super::dial::{DIAL_TIMEOUT, dial, read_line};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Loopback, Network};
 

@@ -8,6 +8,7 @@ mod binds;
 mod cgroup;
 mod cmdline;
 mod cpus;
+mod dial;
 mod disks;
 mod ended;
 mod files;
@@ -30,17 +31,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use protocols::agent::agent::CreateSandboxRequest;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use self::cgroup::Cgroups;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
+use self::dial::dial;
 use self::disks::Disks;
 pub(crate) use self::disks::{InGuest, Settings as DiskSettings};
 pub(crate) use self::ended::Ended;
@@ -66,12 +65,6 @@ const AGENT_PORT: u32 = 1024;
 
 /// How long the guest may take to end what runs in it and to write its files out.
 const GOODBYE: Duration = Duration::from_secs(5);
-
-/// The longest line of an answer.
-const MAX_LINE: usize = 256;
-
-/// How long a connection to a listening agent may take.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A sandbox whose machine runs, or ran.
 #[derive(Debug)]
@@ -493,39 +486,4 @@ fn open(what: &str, path: &Path) -> Result<File> {
         ));
     }
     Ok(file)
-}
-
-/// Connects to a port of the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
-async fn dial(path: &Path, port: u32) -> Result<UnixStream> {
-    let context = || format!("connect to the agent's port {port} at {}", path.display());
-    let handshake = async {
-        let mut stream = UnixStream::connect(path).await?;
-        stream
-            .write_all(format!("CONNECT {port}\n").as_bytes())
-            .await?;
-        let line = read_line(&mut stream).await?;
-        if line.starts_with("OK ") {
-            Ok(stream)
-        } else {
-            Err(io::Error::other(format!(
-                "CONNECT was answered by {line:?}"
-            )))
-        }
-    };
-    timeout(DIAL_TIMEOUT, handshake)
-        .await
-        .context(Kind::DeadlineExceeded, context)?
-        .context(Kind::Unavailable, context)
-}
-
-/// The next line, byte by byte: what follows it is somebody else's.
-async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
-    let mut line = Vec::new();
-    loop {
-        match stream.read_u8().await? {
-            b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
-            _ if line.len() > MAX_LINE => return Err(io::Error::other("the answer is too long")),
-            byte => line.push(byte),
-        }
-    }
 }

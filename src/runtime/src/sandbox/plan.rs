@@ -15,6 +15,7 @@ use super::files::PodFiles;
 use super::size::{self, Size};
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::mount;
 use crate::network::{Model, Place};
 use crate::spec::{Mount, Spec};
 
@@ -29,9 +30,6 @@ pub(crate) const GUEST_SHM: &str = "/run/kata-containers/sandbox/shm";
 
 /// What Kubernetes and Docker give where nobody asks for more.
 const SHM_SIZE: u64 = 64 << 20;
-
-/// `statfs(2)`: a tmpfs.
-const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// A sandbox to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,17 +203,14 @@ fn place(path: Option<&str>, config: &Config) -> Result<Option<Place>> {
 }
 
 /// The size of the tmpfs that the pod would have had on the host.
-fn shm_size(mount: &Mount) -> u64 {
-    match statfs(Path::new(&mount.source)) {
-        Ok(found) if found.f_type == TMPFS_MAGIC => {
-            let block = u64::try_from(found.f_bsize).unwrap_or(0);
-            Some(found.f_blocks.saturating_mul(block))
-                .filter(|&size| size > 0)
-                .unwrap_or(SHM_SIZE)
-        }
+fn shm_size(shm: &Mount) -> u64 {
+    match statfs(Path::new(&shm.source)) {
+        Ok(found) if found.f_type == mount::TMPFS_MAGIC => Some(mount::size(&found))
+            .filter(|&size| size > 0)
+            .unwrap_or(SHM_SIZE),
         Ok(_) => SHM_SIZE,
         Err(error) => {
-            warn!(%error, source = mount.source, "shared memory of the default size");
+            warn!(%error, source = shm.source, "shared memory of the default size");
             SHM_SIZE
         }
     }

@@ -17,6 +17,7 @@ use rustix::fs::{StatFs, statfs};
 use self::kubelet::Volume;
 pub(crate) use self::watch::Watcher;
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::mount;
 use crate::sandbox::Share;
 use crate::spec::{Bind, HugepageLimit};
 
@@ -29,8 +30,7 @@ const GUEST_COPIES: &str = "/run/kata-containers/sandbox/watchable";
 /// Driver option of `watchable-bind`: the agent need not look for changes, it is told.
 const TOLD: &str = "io.katacontainers.volume.watchable.told";
 
-/// `statfs(2)`.
-const TMPFS: i64 = 0x0102_1994;
+/// `statfs(2)`: huge pages.
 const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// A container's bind mounts, sorted by what becomes of them.
@@ -79,13 +79,17 @@ impl Volumes {
             Some(Volume::Empty(empty)) => {
                 // One that is gone is told of where it is shared.
                 let held = statfs(&empty.folder).ok();
-                match held.as_ref().map(|held| held.f_type) {
-                    Some(TMPFS) => return self.in_memory(&bind, &empty, None),
-                    Some(HUGETLBFS) => {
-                        let pages = huge_pages(&bind, held.as_ref(), limits)?;
-                        return self.in_memory(&bind, &empty, Some(pages));
+                let memory = match held {
+                    Some(held) if held.f_type == mount::TMPFS_MAGIC => {
+                        Some(("tmpfs", vec![format!("size={}", mount::size(&held))]))
                     }
-                    _ => {}
+                    Some(held) if held.f_type == HUGETLBFS => {
+                        Some(("hugetlbfs", huge_pages(&bind, &held, limits)?))
+                    }
+                    _ => None,
+                };
+                if let Some((kind, options)) = memory {
+                    return self.in_memory(&bind, &empty, kind, options);
                 }
             }
             Some(Volume::Configuration) if bind.read_only.is_some() && bind.source.is_dir() => {
@@ -107,24 +111,17 @@ impl Volumes {
         &mut self,
         bind: &Bind,
         empty: &kubelet::Empty,
-        huge: Option<[String; 2]>,
+        kind: &str,
+        mut options: Vec<String>,
     ) -> Result<()> {
         let context = || format!("mount {}", empty.folder.display());
         let owner = rustix::fs::stat(&empty.folder).context(Kind::InvalidArgument, context)?;
         let mount_point = format!("{GUEST_MEMORY}/{}", empty.name);
-        let mut options = vec![
+        options.extend([
             format!("mode={:o}", owner.st_mode & 0o7777),
             format!("uid={}", owner.st_uid),
             format!("gid={}", owner.st_gid),
-        ];
-        let kind = if let Some(huge) = huge {
-            options.extend(huge);
-            "hugetlbfs"
-        } else {
-            let held = statfs(&empty.folder).context(Kind::InvalidArgument, context)?;
-            options.push(format!("size={}", size(&held)));
-            "tmpfs"
-        };
+        ]);
         self.storages.push(Storage {
             driver: "ephemeral".to_owned(),
             source: kind.to_owned(),
@@ -185,11 +182,14 @@ impl Volumes {
 }
 
 /// Options of a hugetlbfs: the size of its pages, and as many as the container may have.
-fn huge_pages(bind: &Bind, held: Option<&StatFs>, limits: &[HugepageLimit]) -> Result<[String; 2]> {
-    let page = held.map_or(0, |held| u64::try_from(held.f_bsize).unwrap_or(0));
+fn huge_pages(bind: &Bind, held: &StatFs, limits: &[HugepageLimit]) -> Result<Vec<String>> {
+    let page = u64::try_from(held.f_bsize).unwrap_or(0);
     let mut limits = limits.iter();
     match limits.find(|limit| kubelet::page_size(&limit.page_size) == Some(page)) {
-        Some(limit) => Ok([format!("pagesize={page}"), format!("size={}", limit.limit)]),
+        Some(limit) => Ok(vec![
+            format!("pagesize={page}"),
+            format!("size={}", limit.limit),
+        ]),
         None => Err(ShimError::new(
             Kind::InvalidArgument,
             format!(
@@ -199,12 +199,6 @@ fn huge_pages(bind: &Bind, held: Option<&StatFs>, limits: &[HugepageLimit]) -> R
             ),
         )),
     }
-}
-
-/// The size of a file system, in bytes.
-fn size(held: &StatFs) -> u64 {
-    held.f_blocks
-        .saturating_mul(u64::try_from(held.f_bsize).unwrap_or(0))
 }
 
 #[cfg(test)]
