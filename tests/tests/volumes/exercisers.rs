@@ -164,17 +164,16 @@ fn a_volume_fails_nothing_of_posix_that_the_host_keeps() -> Outcome {
                 about(&output, &failed)
             );
         }
-        let ok = [of(&on_host, "ok").len(), of(&in_guest, "ok").len()];
+        let (expected, ok) = (of(&on_host, "ok"), of(&in_guest, "ok"));
         say_aloud(&format!(
             "pjdfstest: {} tests; on the host's ext4 {} ok and {} failed: {host:?}; on the volume \
              {} ok",
             on_host.len(),
-            ok[0],
+            expected.len(),
             host.len(),
-            ok[1],
+            ok.len(),
         ))?;
-        let ok = of(&in_guest, "ok");
-        let skipped: Vec<_> = of(&on_host, "ok")
+        let skipped: Vec<_> = expected
             .into_iter()
             .filter(|name| !ok.contains(name) && name != LINK_MAX)
             .collect();
@@ -254,7 +253,7 @@ fn exercise(node: &Node, name: &str, before: &str, options: &str) -> Result<(i32
     }
     let words = container.log("stdout")? + &container.log("stderr")?;
     // The host has what the guest had at last.
-    ensure!(Path::new(&disk.folder).join("file").exists(), "no file");
+    ensure!(disk.folder.join("file").exists(), "no file");
     pod.remove()?;
     Ok((code, words))
 }

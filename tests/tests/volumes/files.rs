@@ -10,7 +10,7 @@ use tests::pod::{Pod, Spec};
 use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::volume::{Access, Mounted, Volumes, privileged, with_mount};
 
-use super::{PROGRAM, WAITS, in_container, started};
+use super::{PROGRAM, WAITS, in_container, refused, started};
 
 #[test]
 fn a_folder_is_the_same_for_containers_and_the_host() -> Outcome {
@@ -136,9 +136,7 @@ fn mounts_of_a_guest_do_not_go_out() -> Outcome {
         if let Some(mount) = config.mounts.first_mut() {
             mount.propagation = MountPropagation::PROPAGATION_BIDIRECTIONAL.into();
         }
-        let error = pod.create(&config).and_then(|container| container.start());
-        let error = error.err().ok_or_else(|| anyhow::anyhow!("it was taken"))?;
-        let words = format!("{error:#}");
+        let words = refused(&pod, &config)?;
         ensure!(
             words.contains("mounts: /tree: ") && words.contains("propagation"),
             "{words}"

@@ -18,7 +18,7 @@ mod size;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tests::cri::LIMIT;
 use tests::cri::messages::ContainerConfig;
 use tests::pod::{Container, Pod};
@@ -50,4 +50,11 @@ fn started(pod: &Pod, config: &ContainerConfig) -> Result<Container> {
     let container = pod.start(config)?;
     container.wait_for_log("up\n", LIMIT)?;
     Ok(container)
+}
+
+/// What is said of a container that is not to be.
+fn refused(pod: &Pod, config: &ContainerConfig) -> Result<String> {
+    let taken = pod.create(config).and_then(|container| container.start());
+    let error = taken.err().context("the container was taken")?;
+    Ok(format!("{error:#}"))
 }

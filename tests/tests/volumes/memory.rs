@@ -7,7 +7,7 @@ use tests::pod::Pod;
 use tests::scenario::{Outcome, pod_scenario, pod_vm_scenario};
 use tests::volume::{Access, Mounted, Volumes, with_mount};
 
-use super::{WAITS, started};
+use super::{WAITS, refused, started};
 
 #[test]
 fn memory_has_its_size_and_lives_as_long_as_the_pod() -> Outcome {
@@ -77,11 +77,7 @@ fn a_folder_of_a_volume_in_memory_is_a_part_of_it() -> Outcome {
             "/part",
             Access::Write,
         );
-        let error = pod.create(&part).and_then(|container| container.start());
-        let words = format!(
-            "{:#}",
-            error.err().unwrap_or_else(|| anyhow::anyhow!("taken"))
-        );
+        let words = refused(&pod, &part)?;
         ensure!(words.contains("sub"), "{words}");
         pod.remove()
     })
@@ -123,11 +119,7 @@ fn huge_pages_are_there_as_many_as_the_limit_says() -> Outcome {
             "/huge",
             Access::Write,
         );
-        let error = pod.create(&config).and_then(|container| container.start());
-        let words = format!(
-            "{:#}",
-            error.err().unwrap_or_else(|| anyhow::anyhow!("none"))
-        );
+        let words = refused(&pod, &config)?;
         ensure!(
             words.contains("no limit of huge pages of 2048 kB"),
             "{words}"
