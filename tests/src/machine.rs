@@ -92,6 +92,10 @@ pub struct Cable {
     pub taps: Vec<OwnedFd>,
     /// None, or a `/dev/vhost-net` a queue pair.
     pub vhost: Vec<OwnedFd>,
+    /// The most that comes to the guest.
+    pub receive: RateLimits,
+    /// The most that the guest sends.
+    pub transmit: RateLimits,
 }
 
 impl Cable {
@@ -111,6 +115,8 @@ impl Cable {
             id: self.id,
             mac: self.mac,
             mtu: self.mtu,
+            receive: self.receive,
+            transmit: self.transmit,
         }
     }
 }

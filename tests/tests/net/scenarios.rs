@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::net::ipproto::ICMP;
@@ -56,6 +56,12 @@ const HOT: &[(&str, Scenario)] = &[
     ("all_slots_are_used_and_left", all_slots_are_used_and_left),
 ];
 
+const LIMITS: &[(&str, Scenario)] = &[
+    ("pings_come_back", pings_come_back),
+    ("each_way_has_its_limit", each_way_has_its_limit),
+    ("many_streams_share_it", many_streams_share_it),
+];
+
 const COLD: &[(&str, Scenario)] = &[("it_is_pulled_out", it_is_pulled_out)];
 
 const KERNEL: &[(&str, Scenario)] =
@@ -77,9 +83,7 @@ pub(crate) const PLANS: &[Plan] = &[
         vcpus: 1,
         cards: &[Card {
             number: 1,
-            mtu: 1500,
-            queues: 1,
-            vhost: false,
+            ..Card::PLAIN
         }],
         scenarios: &[TRAFFIC, LAST],
     },
@@ -90,7 +94,7 @@ pub(crate) const PLANS: &[Plan] = &[
             number: 2,
             mtu: 9000,
             queues: 2,
-            vhost: false,
+            ..Card::PLAIN
         }],
         scenarios: &[TRAFFIC, QUEUES, COLD],
     },
@@ -99,9 +103,8 @@ pub(crate) const PLANS: &[Plan] = &[
         vcpus: 1,
         cards: &[Card {
             number: 3,
-            mtu: 1500,
-            queues: 1,
             vhost: true,
+            ..Card::PLAIN
         }],
         scenarios: &[TRAFFIC, KERNEL, COLD, KERNEL_HOT],
     },
@@ -113,8 +116,21 @@ pub(crate) const PLANS: &[Plan] = &[
             mtu: 9000,
             queues: 2,
             vhost: true,
+            ..Card::PLAIN
         }],
         scenarios: &[TRAFFIC, QUEUES, KERNEL],
+    },
+    Plan {
+        name: "limited",
+        vcpus: 2,
+        cards: &[Card {
+            number: 5,
+            queues: 2,
+            receive: 1 << 20,
+            transmit: 1 << 19,
+            ..Card::PLAIN
+        }],
+        scenarios: &[LIMITS],
     },
     Plan {
         name: "hot",
@@ -234,6 +250,39 @@ fn pull(card: Card, len: u64) -> Result<()> {
     stream.write_all(&len.to_le_bytes())?;
     let digest = Digest::of(&mut stream)?;
     ensure!(digest == Digest::of_pattern(len), "{digest:?}");
+    Ok(())
+}
+
+/// What takes two seconds at the card's limits takes no less, and all of it arrives.
+fn each_way_has_its_limit(wire: &mut Wire) -> Result<()> {
+    let card = wire.card;
+    let least = Duration::from_millis(1800);
+    type Transfer = fn(Card, u64) -> Result<()>;
+    let ways: [(&str, Transfer, u64); 2] = [
+        ("to the guest", push, card.receive),
+        ("to the host", pull, card.transmit),
+    ];
+    for (what, transfer, rate) in ways {
+        let begin = Instant::now();
+        transfer(card, rate.saturating_mul(2))?;
+        let took = begin.elapsed();
+        ensure!(took >= least, "{what}: {took:?}");
+        report(what, rate.saturating_mul(2), begin);
+    }
+    Ok(())
+}
+
+/// However many queues they come by.
+fn many_streams_share_it(wire: &mut Wire) -> Result<()> {
+    let card = wire.card;
+    let begin = Instant::now();
+    let streams = [(); 4].map(|()| thread::spawn(move || push(card, card.receive / 2)));
+    for stream in streams {
+        let pushed = stream.join();
+        pushed.map_err(|_| anyhow!("a thread panicked"))??;
+    }
+    let took = begin.elapsed();
+    ensure!(took >= Duration::from_millis(1800), "{took:?}");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use tests::machine::{Cable, Machine, Setup};
 use tests::netlink::Interface;
 use tests::pattern::read_line;
 use tests::sys;
+use vmm::control::RateLimits;
 
 /// TCP and UDP: gives back what it gets.
 pub(crate) const ECHO: u16 = 7;
@@ -45,9 +46,22 @@ pub(crate) struct Card {
     pub(crate) mtu: u16,
     pub(crate) queues: usize,
     pub(crate) vhost: bool,
+    /// Bytes in a second to the guest and from it; 0 is no limit.
+    pub(crate) receive: u64,
+    pub(crate) transmit: u64,
 }
 
 impl Card {
+    /// No network's.
+    pub(crate) const PLAIN: Self = Self {
+        number: 0,
+        mtu: 1500,
+        queues: 1,
+        vhost: false,
+        receive: 0,
+        transmit: 0,
+    };
+
     pub(crate) fn tap_name(self) -> String {
         format!("tap{}", self.number)
     }
@@ -105,8 +119,15 @@ impl Card {
             mtu: Some(self.mtu),
             taps,
             vhost,
+            receive: limit(self.receive),
+            transmit: limit(self.transmit),
         })
     }
+}
+
+fn limit(bytes: u64) -> RateLimits {
+    let operations = 0;
+    RateLimits { bytes, operations }
 }
 
 /// A booted machine.
@@ -127,12 +148,7 @@ impl Wire {
             nets: nets.collect::<Result<_>>()?,
             ..Setup::default()
         })?;
-        let card = plan.cards.first().copied().unwrap_or(Card {
-            number: 0,
-            mtu: 1500,
-            queues: 1,
-            vhost: false,
-        });
+        let card = plan.cards.first().copied().unwrap_or(Card::PLAIN);
         let wire = Self { machine, card };
         for (number, card) in plan.cards.iter().enumerate() {
             wire.tell(&format!("up eth{number} {}", card.guest()))?;

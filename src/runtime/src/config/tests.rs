@@ -174,6 +174,18 @@ fn values_of_the_wrong_type_are_named() {
 }
 
 #[test]
+fn rates_are_counted_in_bits() {
+    let config = config(
+        "[hypervisor.dragonball]\nrx_rate_limiter_max_rate = 8000\ntx_rate_limiter_max_rate = 1\n\
+         disk_rate_limiter_bw_max_rate = 17",
+    );
+    assert_eq!(config.network.receive.bytes, 1000);
+    // Nothing is no limit, so a bit is rounded up.
+    assert_eq!(config.network.transmit.bytes, 1);
+    assert_eq!(config.disks.limits.bytes, 3);
+}
+
+#[test]
 fn cpus_are_counted_as_kata_counts_them() {
     let vcpus = |value: &str| config(&format!("[hypervisor.dragonball]\ndefault_vcpus = {value}"));
     assert_eq!(vcpus("1.5").vcpus, 2);

@@ -32,7 +32,7 @@ use protocols::agent::types;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
-use vmm::control::MAX_QUEUE_PAIRS;
+use vmm::control::{MAX_QUEUE_PAIRS, RateLimits};
 
 pub(crate) use self::counters::{Counters, counters};
 pub(crate) use self::loopback::Loopback;
@@ -60,8 +60,18 @@ pub(crate) struct Settings {
     pub(crate) model: Model,
     /// The most queue pairs of an interface: no machine has more than CPUs.
     pub(crate) queues: usize,
-    /// Whether the host's kernel moves the packets, where it can.
+    /// Whether the host's kernel moves the packets, where it can; where they are limited it can't.
     pub(crate) vhost: bool,
+    /// The most that comes to a guest's interface.
+    pub(crate) receive: RateLimits,
+    /// The most that the guest sends by one.
+    pub(crate) transmit: RateLimits,
+}
+
+impl Settings {
+    fn limited(&self) -> bool {
+        [self.receive, self.transmit] != [RateLimits::default(); 2]
+    }
 }
 
 impl Default for Settings {
@@ -70,6 +80,8 @@ impl Default for Settings {
             model: Model::TcFilter,
             queues: MAX_QUEUE_PAIRS,
             vhost: true,
+            receive: RateLimits::default(),
+            transmit: RateLimits::default(),
         }
     }
 }
@@ -102,6 +114,8 @@ pub(crate) struct Device {
     pub(crate) queues: Vec<OwnedFd>,
     /// The same for the kernel's packet mover; empty without.
     pub(crate) vhost: Vec<OwnedFd>,
+    pub(crate) receive: RateLimits,
+    pub(crate) transmit: RateLimits,
 }
 
 /// What has to be done to the machine for the guest to have what the namespace has.
@@ -308,7 +322,7 @@ impl Network {
                 return Err(error);
             }
         };
-        let vhost = if self.settings.vhost {
+        let vhost = if self.settings.vhost && !self.settings.limited() {
             tap::open_vhost(queues.len()).unwrap_or_else(|error| {
                 info!(interface = interface.name, %error, "the monitor moves the packets");
                 Vec::new()
@@ -322,6 +336,8 @@ impl Network {
             mtu: u16::try_from(interface.mtu).ok(),
             queues,
             vhost,
+            receive: self.settings.receive,
+            transmit: self.settings.transmit,
         })
     }
 

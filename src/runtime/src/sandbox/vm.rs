@@ -405,6 +405,8 @@ fn net<'a>(device: &'a Device, files: &mut Files<'a>) -> Net {
         mtu: device.mtu,
         queues: add(&device.queues),
         vhost: add(&device.vhost),
+        receive: device.receive,
+        transmit: device.transmit,
     }
 }
 

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +170,10 @@ pub struct Net {
     pub queues: Vec<FileIndex>,
     /// Empty: the VMM moves the packets. Else an open `/dev/vhost-net` for each queue pair.
     pub vhost: Vec<FileIndex>,
+    /// The most that comes to the guest; its operations are packets. Not with vhost.
+    pub receive: RateLimits,
+    /// The most that the guest sends.
+    pub transmit: RateLimits,
 }
 
 /// Most queue pairs of a network device.

@@ -262,6 +262,8 @@ pub(super) fn net_device(net: &Net, files: &mut Files) -> Result<Named, MachineE
         mtu: net.mtu,
         taps: take(&net.queues)?,
         vhost: take(&net.vhost)?,
+        receive: net.receive,
+        transmit: net.transmit,
     };
     let device = NetDevice::new(config).map_err(|source| MachineError::Net {
         id: net.id.clone(),

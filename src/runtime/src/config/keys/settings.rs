@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use toml::Value;
 use tracing::Level;
-use vmm::control::{FsCache, MAX_BLOCK_QUEUES, MAX_QUEUE_PAIRS};
+use vmm::control::{FsCache, MAX_BLOCK_QUEUES, MAX_QUEUE_PAIRS, RateLimits};
 
 use super::{AGENT, Key, MACHINE, RUNTIME, set};
 use crate::config::annotations::check_patterns;
@@ -188,11 +188,9 @@ pub(super) static SETTINGS: &[Key] = &[
     set(
         MACHINE,
         "disk_rate_limiter_bw_max_rate",
-        |config| whole(config.disks.limits.bytes.saturating_mul(BITS)),
+        |config| bits(config.disks.limits),
         |config, value| {
-            let bits: u64 = number(value, 0..=MOST_RATE)?;
-            // A limit below a byte is still one.
-            config.disks.limits.bytes = bits.div_ceil(BITS);
+            config.disks.limits.bytes = bytes(value)?;
             Ok(())
         },
     ),
@@ -267,6 +265,26 @@ pub(super) static SETTINGS: &[Key] = &[
         },
     )
     .annotated("runtime", "create_container_timeout"),
+    set(
+        MACHINE,
+        "rx_rate_limiter_max_rate",
+        |config| bits(config.network.receive),
+        |config, value| {
+            config.network.receive.bytes = bytes(value)?;
+            Ok(())
+        },
+    )
+    .annotated("hypervisor", "rx_rate_limiter_max_rate"),
+    set(
+        MACHINE,
+        "tx_rate_limiter_max_rate",
+        |config| bits(config.network.transmit),
+        |config, value| {
+            config.network.transmit.bytes = bytes(value)?;
+            Ok(())
+        },
+    )
+    .annotated("hypervisor", "tx_rate_limiter_max_rate"),
     set(
         RUNTIME,
         "enable_debug",
@@ -362,6 +380,17 @@ pub(super) static SETTINGS: &[Key] = &[
         |config, value| allow(config, "runtime", value),
     ),
 ];
+
+/// A limit as Kata counts it, in bits.
+fn bits(limits: RateLimits) -> Value {
+    whole(limits.bytes.saturating_mul(BITS))
+}
+
+/// The bytes of a limit in bits; one below a byte is still a limit.
+fn bytes(value: &Value) -> Read<u64> {
+    let bits: u64 = number(value, 0..=MOST_RATE)?;
+    Ok(bits.div_ceil(BITS))
+}
 
 fn whole(number: u64) -> Value {
     i64::try_from(number).unwrap_or(i64::MAX).into()

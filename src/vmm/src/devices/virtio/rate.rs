@@ -5,9 +5,15 @@
 //! begin by the time that it takes at the limit's rate. A device that was idle has saved up no more
 //! than `BURST` of it.
 
+use std::io;
 use std::num::NonZeroU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use vmm_sys_util::errno;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::DeviceFault;
 
 /// What an idle device may do at once.
 const BURST: Duration = Duration::from_millis(100);
@@ -29,6 +35,52 @@ struct Meter {
     per_second: NonZeroU64,
     /// When the next piece of work may begin.
     free: Instant,
+}
+
+/// A worker's view of a limit, with the timer that ends its waits.
+#[derive(Debug)]
+pub(super) struct Limit {
+    limiter: Arc<RateLimiter>,
+    timer: TimerFd,
+}
+
+impl Limit {
+    /// Of `limiter`, which other workers may share.
+    pub(super) fn new(limiter: &Arc<RateLimiter>) -> io::Result<Self> {
+        Ok(Self {
+            limiter: Arc::clone(limiter),
+            timer: TimerFd::new()?,
+        })
+    }
+
+    pub(super) fn limiter(&self) -> &RateLimiter {
+        &self.limiter
+    }
+
+    /// Readable when a wait is over.
+    pub(super) fn timer(&self) -> &TimerFd {
+        &self.timer
+    }
+
+    /// Takes note that the timer has told of its end.
+    pub(super) fn awake(&mut self) -> Result<(), DeviceFault> {
+        // Not `wait`: it blocks if what came along has set the timer again.
+        self.timer.clear().map_err(fault)
+    }
+
+    /// Has the timer tell when the next operation may begin.
+    pub(super) fn sleep(&mut self) -> Result<(), DeviceFault> {
+        // The wait may be over by now.
+        let wait = self.limiter.wait().unwrap_or(Duration::from_nanos(1));
+        self.timer.reset(wait, None).map_err(fault)
+    }
+}
+
+fn fault(error: errno::Error) -> DeviceFault {
+    DeviceFault::Host {
+        what: "can't wait for a device's limit",
+        source: error.into(),
+    }
 }
 
 impl RateLimiter {

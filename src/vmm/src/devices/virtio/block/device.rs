@@ -6,18 +6,15 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::errno;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::direct::Direct;
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use super::request::{Disk, SECTOR, SERIAL_LEN};
-use crate::devices::virtio::rate::RateLimiter;
+use crate::devices::virtio::rate::{Limit, RateLimiter};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, EventHandler, GuestMemory,
     Interrupt, Poller, VirtioDevice, Worker, read_config,
@@ -128,13 +125,7 @@ impl BlockDevice {
     }
 
     fn limit_of_queue(&self) -> io::Result<Option<Limit>> {
-        let Some(limiter) = &self.limiter else {
-            return Ok(None);
-        };
-        Ok(Some(Limit {
-            limiter: Arc::clone(limiter),
-            timer: TimerFd::new()?,
-        }))
+        self.limiter.as_ref().map(Limit::new).transpose()
     }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -251,40 +242,27 @@ struct Handler {
     limit: Option<Limit>,
 }
 
-/// A queue's view of its disk's limits.
-#[derive(Debug)]
-struct Limit {
-    limiter: Arc<RateLimiter>,
-    /// Ends a wait.
-    timer: TimerFd,
-}
-
 impl EventHandler for Handler {
     fn register(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add(self.queue.kick(), QUEUE, EventSet::IN)?;
         match &self.limit {
-            Some(limit) => poller.add(&limit.timer, TIMER, EventSet::IN),
+            Some(limit) => poller.add(limit.timer(), TIMER, EventSet::IN),
             None => Ok(()),
         }
     }
 
     fn handle(&mut self, _: &Poller, token: u64, _: EventSet) -> Result<(), DeviceFault> {
-        let what = "can't wait for a disk's limit";
-        let failed = |error: errno::Error| DeviceFault::Host {
-            what,
-            source: error.into(),
-        };
         let memory = self.memory.memory();
         let (disk, features) = (&self.disk, self.features);
-        let Some(Limit { limiter, timer }) = &mut self.limit else {
+        let Some(limit) = &mut self.limit else {
             return self.queue.serve(&memory, &*self.interrupt, |chain| {
                 disk.serve(&memory, chain, features)
             });
         };
         if token == TIMER {
-            // Not `wait`: it blocks if the kick that came along has set the timer again.
-            timer.clear().map_err(failed)?;
+            limit.awake()?;
         }
+        let limiter = limit.limiter();
         let ready = || limiter.wait().is_none();
         let left = self
             .queue
@@ -299,9 +277,8 @@ impl EventHandler for Handler {
         if !left {
             return Ok(());
         }
-        // The driver need not kick for what it has left. The wait may be over by now.
-        let wait = limiter.wait().unwrap_or(Duration::from_nanos(1));
-        timer.reset(wait, None).map_err(failed)
+        // The driver need not kick for what it has left.
+        limit.sleep()
     }
 }
 

@@ -13,11 +13,13 @@ use virtio_bindings::virtio_net::{
 use vm_memory::GuestAddressSpace;
 
 use super::control::{Control, use_pairs};
-use super::pair::{Link, QueuePair};
+use super::pair::{Limits, Link, QueuePair};
 use super::receive::Receiver;
 use super::tap::Tap;
 use super::transmit::Transmitter;
 use super::vhost::{VhostNet, VhostPair};
+use crate::control::RateLimits;
+use crate::devices::virtio::rate::{Limit, RateLimiter};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, Worker, read_config,
 };
@@ -38,6 +40,10 @@ pub struct NetConfig {
     pub taps: Vec<OwnedFd>,
     /// Empty, or an open `/dev/vhost-net` for each tap.
     pub vhost: Vec<OwnedFd>,
+    /// The most that comes to the guest.
+    pub receive: RateLimits,
+    /// The most that the guest sends.
+    pub transmit: RateLimits,
 }
 
 /// Why there can't be such a device.
@@ -59,6 +65,9 @@ pub enum NetError {
         /// Descriptors of `/dev/vhost-net`.
         vhost: usize,
     },
+    /// The kernel moves packets as fast as it can.
+    #[error("its packets go through vhost, which knows no limits")]
+    UnlimitedVhost,
     /// An address of a group.
     #[error("its hardware address is no address of one interface")]
     Mac,
@@ -93,6 +102,9 @@ pub struct NetDevice {
     taps: Vec<Arc<Tap>>,
     /// One for each tap, or none: the packets are ours to move.
     vhost: Vec<Arc<VhostNet>>,
+    /// Shared by all pairs.
+    receive_limiter: Option<Arc<RateLimiter>>,
+    transmit_limiter: Option<Arc<RateLimiter>>,
     features: u64,
     queue_sizes: Vec<u16>,
     link: Arc<Link>,
@@ -118,6 +130,12 @@ impl NetDevice {
         if given != 0 && given != pairs {
             let (taps, vhost) = (pairs, given);
             return Err(NetError::Vhost { taps, vhost });
+        }
+        let limiter = |limits: RateLimits| RateLimiter::new(limits.bytes, limits.operations);
+        let receive_limiter = limiter(config.receive).map(Arc::new);
+        let transmit_limiter = limiter(config.transmit).map(Arc::new);
+        if given != 0 && (receive_limiter.is_some() || transmit_limiter.is_some()) {
+            return Err(NetError::UnlimitedVhost);
         }
         let vhost = config.vhost.into_iter().map(VhostNet::new);
         let vhost = vhost.map(|device| device.map(Arc::new));
@@ -153,10 +171,23 @@ impl NetDevice {
             mtu: config.mtu,
             taps,
             vhost,
+            receive_limiter,
+            transmit_limiter,
             features,
             queue_sizes,
             link: Arc::new(Link::new()),
             workers: Vec::new(),
+        })
+    }
+
+    fn limits(&self) -> io::Result<Limits> {
+        let limit = |limiter: &Option<Arc<RateLimiter>>| {
+            let limiter = limiter.as_ref();
+            limiter.map(Limit::new).transpose()
+        };
+        Ok(Limits {
+            receive: limit(&self.receive_limiter)?,
+            transmit: limit(&self.transmit_limiter)?,
         })
     }
 
@@ -209,6 +240,7 @@ impl NetDevice {
                         ),
                         Arc::clone(tap),
                         Arc::clone(&self.link),
+                        self.limits().map_err(ActivateError::Worker)?,
                     );
                     Worker::spawn(&name, interrupt, pair)
                 }

@@ -72,11 +72,15 @@ pub fn guest_buffers(bytes: &[u8]) {
             3 => {
                 let len = usize::from(input.byte()) * 64;
                 let _ = host.write(&vec![input.byte(); len.max(1)]);
-                receiver.receive(&memory, &NoInterrupt, &tap).map(drop)
+                receiver
+                    .receive(&memory, &NoInterrupt, &tap, None)
+                    .map(drop)
             }
             4 | 5 => {
                 input.offer(&mut transmit, 0);
-                transmitter.send(&memory, &NoInterrupt, &tap).map(drop)
+                transmitter
+                    .send(&memory, &NoInterrupt, &tap, None)
+                    .map(drop)
             }
             6 => {
                 input.offer(&mut commands, 0);

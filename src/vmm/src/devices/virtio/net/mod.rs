@@ -18,9 +18,18 @@ mod vhost;
 
 pub use device::{NetConfig, NetDevice, NetError};
 
+use super::rate::RateLimiter;
+
 /// Bytes of `struct virtio_net_hdr_v1`, which comes before each packet (section 5.1.6).
 const HEADER_LEN: usize = 12;
 
 /// The most bytes of a packet with its header: 64 KiB, as segmentation offload makes them, behind
 /// an Ethernet header with a VLAN tag.
 const MAX_PACKET: usize = HEADER_LEN + 18 + 65536;
+
+/// Pays for a packet of `len` bytes, without its virtio header.
+fn pay(limit: Option<&RateLimiter>, len: usize) {
+    if let Some(limit) = limit {
+        limit.pay(u64::try_from(len).unwrap_or(u64::MAX));
+    }
+}

@@ -11,11 +11,21 @@ use vmm_sys_util::epoll::EventSet;
 use super::receive::{Received, Receiver};
 use super::tap::Tap;
 use super::transmit::{Sent, Transmitter};
+use crate::devices::virtio::rate::Limit;
 use crate::devices::virtio::{DeviceFault, EventHandler, GuestMemory, Interrupt, Poller};
 
 const RECEIVE_KICK: u64 = 0;
 const TRANSMIT_KICK: u64 = 1;
 const TAP: u64 = 2;
+const RECEIVE_REST: u64 = 3;
+const TRANSMIT_REST: u64 = 4;
+
+/// What the queues of a pair may move in a second, where that is limited.
+#[derive(Debug)]
+pub(super) struct Limits {
+    pub(super) receive: Option<Limit>,
+    pub(super) transmit: Option<Limit>,
+}
 
 /// Whether the cable is plugged in. Shared by all pairs of a device.
 #[derive(Debug)]
@@ -45,6 +55,7 @@ pub(super) struct QueuePair {
     pub(super) transmitter: Transmitter,
     pub(super) tap: Arc<Tap>,
     pub(super) link: Arc<Link>,
+    limits: Limits,
     /// What the tap is waited for; none once it is gone.
     waits: Option<EventSet>,
 }
@@ -56,6 +67,7 @@ impl QueuePair {
         (receiver, transmitter): (Receiver, Transmitter),
         tap: Arc<Tap>,
         link: Arc<Link>,
+        limits: Limits,
     ) -> Self {
         Self {
             memory,
@@ -64,6 +76,7 @@ impl QueuePair {
             transmitter,
             tap,
             link,
+            limits,
             waits: Some(EventSet::IN),
         }
     }
@@ -73,8 +86,16 @@ impl QueuePair {
             return Ok(());
         };
         let tap = self.tap.file();
-        match self.receiver.receive(memory, &*self.interrupt, tap)? {
+        let limit = self.limits.receive.as_ref().map(Limit::limiter);
+        match self
+            .receiver
+            .receive(memory, &*self.interrupt, tap, limit)?
+        {
             Received::All | Received::Turn => self.wait_for(poller, waits | EventSet::IN),
+            Received::Limited => {
+                self.wait_for(poller, waits.difference(EventSet::IN))?;
+                self.limits.receive.as_mut().map_or(Ok(()), Limit::sleep)
+            }
             // A full tap is no news until the driver has buffers.
             Received::Starved => self.wait_for(poller, waits.difference(EventSet::IN)),
             Received::Gone => self.lose_tap(memory, poller),
@@ -86,8 +107,16 @@ impl QueuePair {
             return self.transmitter.discard(memory, &*self.interrupt);
         };
         let tap = self.tap.file();
-        match self.transmitter.send(memory, &*self.interrupt, tap)? {
+        let limit = self.limits.transmit.as_ref().map(Limit::limiter);
+        match self
+            .transmitter
+            .send(memory, &*self.interrupt, tap, limit)?
+        {
             Sent::All | Sent::Turn => self.wait_for(poller, waits.difference(EventSet::OUT)),
+            Sent::Limited => {
+                self.wait_for(poller, waits.difference(EventSet::OUT))?;
+                self.limits.transmit.as_mut().map_or(Ok(()), Limit::sleep)
+            }
             Sent::Blocked => self.wait_for(poller, waits | EventSet::OUT),
             Sent::Gone => self.lose_tap(memory, poller),
         }
@@ -126,6 +155,12 @@ impl EventHandler for QueuePair {
         poller.add(self.receiver.queue.kick(), RECEIVE_KICK, EventSet::IN)?;
         poller.add(self.transmitter.queue.kick(), TRANSMIT_KICK, EventSet::IN)?;
         poller.add(self.tap.file(), TAP, EventSet::IN)?;
+        if let Some(limit) = &self.limits.receive {
+            poller.add(limit.timer(), RECEIVE_REST, EventSet::IN)?;
+        }
+        if let Some(limit) = &self.limits.transmit {
+            poller.add(limit.timer(), TRANSMIT_REST, EventSet::IN)?;
+        }
         // Whatever the driver did before there was a worker to kick.
         self.transmitter.queue.kick().write(1)
     }
@@ -139,6 +174,14 @@ impl EventHandler for QueuePair {
             }
             TRANSMIT_KICK => {
                 self.transmitter.queue.forget_kicks();
+                self.transmit(&memory, poller)
+            }
+            RECEIVE_REST => {
+                self.limits.receive.as_mut().map_or(Ok(()), Limit::awake)?;
+                self.receive(&memory, poller)
+            }
+            TRANSMIT_REST => {
+                self.limits.transmit.as_mut().map_or(Ok(()), Limit::awake)?;
                 self.transmit(&memory, poller)
             }
             _ => {

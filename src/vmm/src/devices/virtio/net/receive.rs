@@ -12,8 +12,10 @@ use std::io;
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
+use super::pay;
 use super::transmit::is_gone;
 use super::{HEADER_LEN, MAX_PACKET};
+use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::{ActiveQueue, DeviceFault, Interrupt};
 use crate::sys::vectored;
 
@@ -39,6 +41,8 @@ pub(super) enum Received {
     Starved,
     /// A turn's worth; the tap is still readable.
     Turn,
+    /// The limit asks for a rest first; the tap is still readable.
+    Limited,
     /// The tap's interface is no more.
     Gone,
 }
@@ -94,10 +98,15 @@ impl Receiver {
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
         tap: &File,
+        limit: Option<&RateLimiter>,
     ) -> Result<Received, DeviceFault> {
         let mut received = Received::Turn;
         for _ in 0..MAX_PACKETS {
-            if let Some(stop) = self.receive_one(memory, tap)? {
+            if limit.is_some_and(|limit| limit.wait().is_some()) {
+                received = Received::Limited;
+                break;
+            }
+            if let Some(stop) = self.receive_one(memory, tap, limit)? {
                 received = stop;
                 break;
             }
@@ -112,6 +121,7 @@ impl Receiver {
         &mut self,
         memory: &GuestMemoryMmap,
         tap: &File,
+        limit: Option<&RateLimiter>,
     ) -> Result<Option<Received>, DeviceFault> {
         let full = self.gather(memory)?;
         if let Some((placed, spilled)) = self.waiting {
@@ -138,10 +148,11 @@ impl Receiver {
             // Any other error is about a packet or an interface that is down: there is none.
             Err(_) => return Ok(Some(Received::All)),
         };
-        if len < HEADER_LEN {
+        let Some(packet) = len.checked_sub(HEADER_LEN) else {
             // Not even a header, though that is what we asked the tap for.
             return Ok(Some(Received::All));
-        }
+        };
+        pay(limit, packet);
         if len <= room {
             return self.deliver(memory, len).map(|()| None);
         }

@@ -12,6 +12,7 @@ use super::control;
 use super::receive::{Received, Receiver};
 use super::transmit::{Sent, Transmitter};
 use crate::devices::virtio::DeviceFault;
+use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::test_ring::{NEXT, NoInterrupt, Ring, WRITE};
 
 const BUFFER: u32 = 1024;
@@ -59,11 +60,11 @@ impl Fixture {
     }
 
     fn receive(&self, receiver: &mut Receiver) -> Result<Received, DeviceFault> {
-        receiver.receive(&self.memory, &NoInterrupt, &self.tap)
+        receiver.receive(&self.memory, &NoInterrupt, &self.tap, None)
     }
 
     fn send(&self, transmitter: &mut Transmitter) -> Result<Sent, DeviceFault> {
-        transmitter.send(&self.memory, &NoInterrupt, &self.tap)
+        transmitter.send(&self.memory, &NoInterrupt, &self.tap, None)
     }
 
     /// The next packet that the driver has got, and in how many buffers.
@@ -338,4 +339,45 @@ fn the_driver_sets_its_queue_pairs() {
         let code: u8 = fixture.memory.read_obj(end).unwrap();
         assert_eq!(code, answer, "{command:?}");
     }
+}
+
+#[test]
+fn a_limit_stops_both_ways_and_loses_nothing() {
+    // A packet pays for more than what may be saved up.
+    let limiter = RateLimiter::new(1, 0).unwrap();
+    let mut fixture = Fixture::new(SIZE);
+    let mut receiver = fixture.receiver(true);
+    fixture.offer(0..SIZE);
+    for len in [112, 113] {
+        fixture.host.write_all(&packet(len)).unwrap();
+    }
+    let (memory, tap) = (&fixture.memory, &fixture.tap);
+    let received = receiver.receive(memory, &NoInterrupt, tap, Some(&limiter));
+    assert_eq!(received.unwrap(), Received::Limited);
+    assert_same(&fixture.packet().unwrap().0, &packet(112));
+    assert!(fixture.packet().is_none());
+    // The header is not the wire's: a hundred seconds, less what was saved up.
+    let wait = limiter.wait().unwrap().as_secs();
+    assert!((95..=100).contains(&wait), "{wait}");
+    // It is still there when the rest is over.
+    assert_eq!(fixture.receive(&mut receiver).unwrap(), Received::All);
+    assert_same(&fixture.packet().unwrap().0, &packet(113));
+
+    let limiter = RateLimiter::new(1, 0).unwrap();
+    let mut fixture = Fixture::new(SIZE);
+    let mut transmitter = fixture.transmitter();
+    for id in 0..2 {
+        let at = fixture.ring.buffer(id).0;
+        fixture.ring.describe(id, at, 112, 0, 0);
+        fixture.ring.offer(id);
+    }
+    let (memory, tap) = (&fixture.memory, &fixture.tap);
+    let sent = transmitter.send(memory, &NoInterrupt, tap, Some(&limiter));
+    assert_eq!(sent.unwrap(), Sent::Limited);
+    let wait = limiter.wait().unwrap().as_secs();
+    assert!((95..=100).contains(&wait), "{wait}");
+    assert_eq!(fixture.read_host().unwrap().len(), 112);
+    assert!(fixture.read_host().is_err());
+    assert_eq!(fixture.send(&mut transmitter).unwrap(), Sent::All);
+    assert_eq!(fixture.read_host().unwrap().len(), 112);
 }

@@ -7,7 +7,8 @@ use std::io;
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use super::MAX_PACKET;
+use super::{HEADER_LEN, MAX_PACKET, pay};
+use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::{ActiveQueue, DeviceFault, Interrupt};
 use crate::sys::vectored;
 
@@ -20,6 +21,8 @@ pub(super) enum Sent {
     Blocked,
     /// A turn's worth; the queue was kicked for the rest.
     Turn,
+    /// The limit asks for a rest first. What is left stays in the ring.
+    Limited,
     /// The tap's interface is no more.
     Gone,
 }
@@ -41,6 +44,7 @@ impl Transmitter {
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
         tap: &File,
+        limit: Option<&RateLimiter>,
     ) -> Result<Sent, DeviceFault> {
         let mut slices = Vec::new();
         let mut left = self.queue.rings().size();
@@ -48,6 +52,9 @@ impl Transmitter {
             if left == 0 {
                 self.queue.kick_again()?;
                 break Sent::Turn;
+            }
+            if limit.is_some_and(|limit| limit.wait().is_some()) {
+                break Sent::Limited;
             }
             let Some(chain) = self.queue.pop(memory)? else {
                 if self.queue.arm(memory)? {
@@ -60,16 +67,18 @@ impl Transmitter {
             slices.clear();
             // What is no packet, or what the tap doesn't take for one, is dropped, as a network
             // would: a bad header or an interface that is down is no reason to stop.
-            if collect(memory, chain, &mut slices)?
-                && let Err(error) = vectored::write(tap, &slices)
-            {
-                if error.kind() == io::ErrorKind::WouldBlock {
-                    self.queue.unpop(1);
-                    break Sent::Blocked;
-                }
-                if is_gone(&error) {
-                    self.queue.unpop(1);
-                    break Sent::Gone;
+            if collect(memory, chain, &mut slices)? {
+                match vectored::write(tap, &slices) {
+                    Ok(len) => pay(limit, len.saturating_sub(HEADER_LEN)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.queue.unpop(1);
+                        break Sent::Blocked;
+                    }
+                    Err(error) if is_gone(&error) => {
+                        self.queue.unpop(1);
+                        break Sent::Gone;
+                    }
+                    Err(_) => {}
                 }
             }
             self.queue.complete(memory, head, 0)?;
