@@ -298,7 +298,7 @@ async fn failures_name_what_failed() -> Result<()> {
             let sysctl = &mut linux_of(s).Sysctl;
             sysctl.insert("kernel.no_such".to_owned(), "1".to_owned());
         }),
-        ("hooks.prestart: not supported", |s| {
+        ("hooks.prestart: \"\": not an absolute path", |s| {
             s.Hooks.mut_or_insert_default().Prestart = vec![oci::Hook::default()];
         }),
     ];

@@ -15,6 +15,7 @@
     clippy::expect_used
 )]
 
+mod conformance;
 mod disks;
 mod isolation;
 mod lifecycle;
