@@ -307,3 +307,20 @@ fn the_processes_of_another_container_can_t_be_joined() {
     let own = MEMBER.replace(r#", "path": "/proc/77/ns/pid""#, "");
     assert!(!member(&own).unwrap().1.shares_pids);
 }
+
+/// The table is the agent's and ours: what the protocol has no place for, no container may ask.
+#[test]
+fn what_the_conformance_table_calls_absent_is_refused_by_name() {
+    let table: toml::Table =
+        toml::from_str(include_str!("../../../../tests/conformance/config.toml")).unwrap();
+    let absent = table["absent"].as_array().unwrap();
+    assert!(absent.len() > 20);
+    for row in absent.iter().filter(|row| row.get("shim").is_none()) {
+        let field = row["field"].as_str().unwrap();
+        let name = field.rsplit('.').next().unwrap();
+        let message = read(row["spec"].as_str().unwrap().as_bytes())
+            .expect_err(field)
+            .chain();
+        assert!(message.contains(name), "{field}: {message}");
+    }
+}
