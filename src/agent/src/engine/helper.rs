@@ -55,6 +55,9 @@ fn work(channel: &Channel) -> Result<()> {
     if let Some(process) = job.process() {
         filter = process.seccomp.as_ref().map(Profile::compile).transpose()?;
         adjust_oom_score(process.oom_score_adjust)?;
+        if process.user_namespace {
+            user_namespace::open_streams(&descriptors.streams);
+        }
     } else {
         adjust_oom_score(pod_init::OOM_SCORE)?;
     }
@@ -63,7 +66,7 @@ fn work(channel: &Channel) -> Result<()> {
     let prepared = match &job {
         Job::Create(plan) => {
             let user = descriptors.user_namespace(plan);
-            user_namespace::enter(&proof, plan, user, &descriptors.streams)?
+            user_namespace::enter(&proof, plan, user)?
         }
         Job::Exec(_) | Job::PidNamespace => Prepared::default(),
     };

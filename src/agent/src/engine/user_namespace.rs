@@ -106,7 +106,6 @@ pub(super) fn enter(
     proof: &SingleThreaded,
     plan: &ContainerPlan,
     joined: Option<BorrowedFd<'_>>,
-    streams: &[OwnedFd],
 ) -> Result<Prepared> {
     let made;
     let namespace = match (&plan.mappings, joined) {
@@ -126,13 +125,18 @@ pub(super) fn enter(
     for limit in &plan.process.limits {
         limit.raise()?;
     }
-    for stream in streams {
-        // So that the container may open /dev/stdout again: the pipe is the guest root's.
-        let _ = fchmod(stream, Mode::from_raw_mode(0o666));
-    }
     move_into_link_name_space(namespace, Some(LinkNameSpaceType::User))
         .context(|| "enter the user namespace")?;
     Ok(prepared)
+}
+
+/// Lets the container open its standard streams again, as /dev/stdout: their pipes are the guest
+/// root's, and only who may look into the process finds them.
+pub(super) fn open_streams(streams: &[OwnedFd]) {
+    for stream in streams {
+        // Not all files have modes.
+        let _ = fchmod(stream, Mode::from_raw_mode(0o666));
+    }
 }
 
 fn make(proof: &SingleThreaded, mappings: &Mappings) -> Result<OwnedFd> {
