@@ -206,9 +206,11 @@ fn nodes(plan: &ContainerPlan) -> Result<Vec<(Node, OwnedFd)>> {
     let mut mounts = Vec::new();
     for (index, node) in devices::all(&plan.rootfs.devices).enumerate() {
         let name = index.to_string();
-        let owner = plan.mappings.as_ref().map_or(Some(node.owner()), |map| {
-            map.guest(node.owner().0, node.owner().1)
-        });
+        let (uid, gid) = node.owner();
+        let owner = match &plan.mappings {
+            Some(mappings) => mappings.guest(uid, gid),
+            None => Some((uid, gid)),
+        };
         let Some(owner) = owner else {
             return Err(AgentError::invalid(format!(
                 "linux.devices: {:?}: its owner is not mapped",
