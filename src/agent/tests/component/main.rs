@@ -16,6 +16,8 @@
 )]
 
 mod conformance;
+#[path = "conformance/cases.rs"]
+mod conformance_cases;
 mod disks;
 mod isolation;
 mod lifecycle;
