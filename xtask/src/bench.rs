@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Benchmarks against the programs to be compared with, each pair in turn, in one dev VM.
 
-use crate::build::{self, Profile};
+use crate::build::{self, Linkage, Profile};
 use crate::guest::{self, agent};
 use crate::vm::{self, Contents, Options, Vm};
 use anyhow::Result;
@@ -15,6 +15,19 @@ pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
     )?;
     let boot = build::executable(Profile::Release, &["--package", "vmm", "--example", "boot"])?;
     let agent = agent::build(Profile::Release)?;
+    // The engine beside runc: without a guest around it, as runc is.
+    let figures = build::test_binary(
+        Profile::Quick,
+        Linkage::Dynamic,
+        &[
+            "--package",
+            "kata-agent",
+            "--features",
+            "component-tests",
+            "--test",
+            "figures",
+        ],
+    )?;
     let vm = Vm::start(&Options::default(), Contents::Containerd(Profile::Release))?;
     let place = |name: &str| Path::new(vm::PREFIX).join(name);
     let kernel = place(guest::KERNEL);
@@ -32,6 +45,11 @@ pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
     }
     argv.extend(arguments);
     let code = vm.execute(argv)?;
+    let engine = vm.execute(vec![
+        "env".to_owned(),
+        format!("NUTSHELL_TEST_AGENT={}", agent.display()),
+        figures.to_string_lossy().into_owned(),
+    ])?;
     vm.stop()?;
-    Ok(code)
+    Ok(code.max(engine))
 }

@@ -64,6 +64,8 @@ impl Place {
                         any("libc6-dev"),
                         any("libseccomp-dev"),
                         any("mount"),
+                        any("perl-base"),
+                        any("runc"),
                     ],
                 )?;
                 &[

@@ -36,6 +36,7 @@ pub(crate) async fn create(
         .ok_or_else(|| AgentError::invalid("OCI: missing"))?;
     disk::resolve(&request.devices, spec, sandbox.hotplug_timeout).await?;
     let (mut plan, joins) = engine::container(spec)?;
+    plan.hooks.name(&request.container_id);
     let reservation = sandbox.reserve(&request.container_id)?;
     let pids = match (request.sandbox_pidns, is_pause(spec)) {
         (false, _) => Pids::Own,
@@ -73,6 +74,7 @@ async fn build(
     let mut namespaces = open_all(&joins)?;
     namespaces.extend(shared);
     let process_plan = plan.process.clone();
+    let hooks = plan.hooks.clone();
     let own_pids = plan.new_namespaces.contains(&Namespace::Pid);
     let network = Namespace::Network;
     let own_network =
@@ -123,6 +125,8 @@ async fn build(
         init,
         own_network,
         plan: process_plan,
+        hooks,
+        launcher: sandbox.launcher.clone(),
         stage: Mutex::new(Stage::Created(gate)),
         held: Mutex::default(),
         change: tokio::sync::Mutex::default(),

@@ -25,7 +25,7 @@ pub(crate) use requests::{
 pub(crate) use stdio::Output;
 
 use crate::cgroup::Cgroup;
-use crate::engine::{Gate, ProcessPlan};
+use crate::engine::{Gate, Hooks, Launcher, ProcessPlan};
 use crate::error::{AgentError, Kind, Result};
 use crate::storage::Held;
 
@@ -44,6 +44,8 @@ pub(crate) struct Container {
     own_network: bool,
     /// What execs inherit.
     plan: ProcessPlan,
+    hooks: Hooks,
+    launcher: Launcher,
     stage: Mutex<Stage>,
     /// Processes by exec id; the first process is under the empty one.
     processes: Mutex<HashMap<String, Entry>>,
@@ -94,7 +96,13 @@ impl Container {
                 }
             }
         };
-        gate.open().await
+        gate.open().await?;
+        let started = self.launcher.started(&self.hooks, self.init.pid()).await;
+        if started.is_err() {
+            // The specification ends a container whose hooks after its start fail.
+            self.cgroup.kill()?;
+        }
+        started
     }
 
     /// Kills what still runs and gives everything back.
@@ -120,7 +128,10 @@ impl Container {
             })??,
             None => removal.await?,
         }
-        *self.stage() = Stage::Removed;
+        let before = std::mem::replace(&mut *self.stage(), Stage::Removed);
+        if !matches!(before, Stage::Removed) {
+            self.launcher.stopped(&self.hooks).await;
+        }
         let held = lock(&self.held).take();
         if let Some(held) = held {
             storages.remove(held).await;

@@ -47,6 +47,21 @@ pub(crate) fn find(program: &str, environment: &[String]) -> Result<String> {
     failed("executable file not found in $PATH")
 }
 
+/// Refuses a program that is this binary itself, as `/proc/self/exe` is until the container's
+/// program runs: the container would hold the agent's file open (CVE-2019-5736).
+///
+/// # Errors
+///
+/// `exec: "PATH": ...` then.
+pub(crate) fn is_not(path: &str, own_file: (u64, u64)) -> Result<()> {
+    match stat(path) {
+        Ok(status) if (status.st_dev, status.st_ino) == own_file => Err(AgentError::invalid(
+            format!("exec: {path:?}: is the agent, no program of the container"),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Words for a failed `execve(2)` or for a look at the program before it.
 pub(crate) fn words(error: Errno) -> &'static str {
     match error {

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AgentError, Context as _, Result};
-use crate::mount::{self, Target};
+use crate::mount::{self, MountOptions, Target};
 
 /// A device node.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -90,38 +90,58 @@ impl Node {
             gid: device.GID,
         })
     }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// User and group, as the container numbers them.
+    pub(super) fn owner(&self) -> (u32, u32) {
+        (self.uid, self.gid)
+    }
 }
 
-/// Makes the default devices, those of the spec and the links, below `root`.
+/// The default devices that `nodes` does not have itself, then `nodes`.
+pub(super) fn all(nodes: &[Node]) -> impl Iterator<Item = Node> {
+    let default = DEFAULT.into_iter().map(|(name, major, minor)| Node {
+        path: Path::new("/dev").join(name),
+        kind: Kind::Character,
+        major,
+        minor,
+        mode: 0o666,
+        uid: 0,
+        gid: 0,
+    });
+    default
+        .filter(|default| !nodes.iter().any(|node| node.path == default.path))
+        .chain(nodes.iter().cloned())
+}
+
+/// Makes the default devices, those of the spec and the links, below `root`. A container in a user
+/// namespace can't make any: it gets `prepared` ones.
 ///
 /// # Errors
 ///
 /// The kernel's, with the device's path.
-pub(crate) fn create(root: BorrowedFd<'_>, nodes: &[Node]) -> Result<()> {
+pub(super) fn create(
+    root: BorrowedFd<'_>,
+    nodes: &[Node],
+    prepared: Option<&[(Node, OwnedFd)]>,
+) -> Result<()> {
     let dev = mount::create_in_root(root, Path::new("/dev"), Target::Directory)
         .context(|| "mkdir \"/dev\"")?;
-    for (name, major, minor) in DEFAULT {
-        let path = Path::new("/dev").join(name);
-        if nodes.iter().any(|node| node.path == path) {
-            continue;
+    match prepared {
+        Some(prepared) => {
+            for (node, file) in prepared {
+                bind(root, node, file)?;
+            }
         }
-        let node = Node {
-            path,
-            kind: Kind::Character,
-            major,
-            minor,
-            mode: 0o666,
-            uid: 0,
-            gid: 0,
-        };
-        make(&dev, name, &node)?;
-    }
-    for node in nodes {
-        let folder = node.path.parent().unwrap_or_else(|| Path::new("/"));
-        let name = node.path.file_name().unwrap_or_default().to_string_lossy();
-        let folder = mount::create_in_root(root, folder, Target::Directory)
-            .context(|| format!("mkdir for device {:?}", node.path))?;
-        make(&folder, &name, node)?;
+        None => {
+            for node in all(nodes) {
+                let (folder, name) = place(root, &node)?;
+                make(&folder, &name, &node, node.owner())?;
+            }
+        }
     }
     for (target, name) in LINKS {
         match symlinkat(target, &dev, name) {
@@ -132,7 +152,36 @@ pub(crate) fn create(root: BorrowedFd<'_>, nodes: &[Node]) -> Result<()> {
     Ok(())
 }
 
-fn make(folder: &OwnedFd, name: &str, node: &Node) -> Result<()> {
+/// A /dev that was bound from elsewhere has its own devices; those of the spec must be among them.
+///
+/// # Errors
+///
+/// The first that isn't.
+pub(super) fn check(root: BorrowedFd<'_>, nodes: &[Node]) -> Result<()> {
+    nodes.iter().try_for_each(|node| {
+        let (folder, name) = place(root, node)?;
+        same(&folder, &name, node)
+    })
+}
+
+/// The folder that a node is in, and its name there.
+fn place(root: BorrowedFd<'_>, node: &Node) -> Result<(OwnedFd, String)> {
+    let folder = node.path.parent().unwrap_or_else(|| Path::new("/"));
+    let name = node.path.file_name().unwrap_or_default().to_string_lossy();
+    let folder = mount::create_in_root(root, folder, Target::Directory)
+        .context(|| format!("mkdir for device {:?}", node.path))?;
+    Ok((folder, name.into_owned()))
+}
+
+fn bind(root: BorrowedFd<'_>, node: &Node, file: &OwnedFd) -> Result<()> {
+    let context = || format!("make device {:?}", node.path);
+    let target = mount::create_in_root(root, &node.path, Target::File).context(context)?;
+    mount::attach(file, target.as_fd(), &MountOptions::default())
+        .map_err(|error| AgentError::internal(format!("{}: {}", context(), error.line())))
+}
+
+/// Makes a node for `owner`, in the ids of the calling process.
+pub(super) fn make(folder: &OwnedFd, name: &str, node: &Node, owner: (u32, u32)) -> Result<()> {
     let context = || format!("make device {:?}", node.path);
     let kind = match node.kind {
         Kind::Character => FileType::CharacterDevice,
@@ -150,8 +199,8 @@ fn make(folder: &OwnedFd, name: &str, node: &Node) -> Result<()> {
     chownat(
         folder,
         name,
-        Some(Uid::from_raw(node.uid)),
-        Some(Gid::from_raw(node.gid)),
+        Some(Uid::from_raw(owner.0)),
+        Some(Gid::from_raw(owner.1)),
         AtFlags::SYMLINK_NOFOLLOW,
     )
     .context(context)

@@ -3,7 +3,7 @@
 //! clones the new process as a child of the agent, and ends.
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{
@@ -11,10 +11,11 @@ use rustix::thread::{
 };
 
 use super::channel::Channel;
-use super::plan::{Job, Namespace, Report};
+use super::plan::{ContainerPlan, Job, Namespace, Report};
 use super::pod_init;
 use super::process::{self, Inherited};
 use super::seccomp::Profile;
+use super::user_namespace::{self, Prepared};
 use crate::error::{AgentError, Context as _, Failure, Result};
 use crate::sys::clone::{Side, SingleThreaded, clone_sibling};
 use crate::sys::process::exit_now;
@@ -28,6 +29,7 @@ const JOINED: ThreadNameSpaceType = ThreadNameSpaceType::MOUNT
     .union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME)
     .union(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION)
     .union(ThreadNameSpaceType::PROCESS_ID)
+    .union(ThreadNameSpaceType::TIME)
     .union(ThreadNameSpaceType::NETWORK);
 
 /// Does one job, which comes over standard input. What fails is reported there.
@@ -53,10 +55,21 @@ fn work(channel: &Channel) -> Result<()> {
     if let Some(process) = job.process() {
         filter = process.seccomp.as_ref().map(Profile::compile).transpose()?;
         adjust_oom_score(process.oom_score_adjust)?;
+        if process.user_namespace {
+            user_namespace::open_streams(&descriptors.streams);
+        }
     } else {
         adjust_oom_score(pod_init::OOM_SCORE)?;
     }
+    let own_file = own_file()?;
     let namespaces = join(&job, &descriptors)?;
+    let prepared = match &job {
+        Job::Create(plan) => {
+            let user = descriptors.user_namespace(plan);
+            user_namespace::enter(&proof, plan, user)?
+        }
+        Job::Exec(_) | Job::PidNamespace => Prepared::default(),
+    };
     let side = clone_sibling(&proof, namespaces, descriptors.cgroup.as_fd())
         .context(|| "clone the process")?;
     match side {
@@ -69,6 +82,8 @@ fn work(channel: &Channel) -> Result<()> {
                 streams: descriptors.streams,
                 init: descriptors.init,
                 filter,
+                prepared,
+                own_file,
             };
             let error = match &job {
                 Job::Create(plan) => process::container(plan, &inherited),
@@ -79,6 +94,12 @@ fn work(channel: &Channel) -> Result<()> {
             exit_now(1)
         }
     }
+}
+
+/// Device and file number of this binary.
+fn own_file() -> Result<(u64, u64)> {
+    let status = rustix::fs::stat("/proc/self/exe").context(|| "look at the helper's file")?;
+    Ok((status.st_dev, status.st_ino))
 }
 
 fn adjust_oom_score(score: i16) -> Result<()> {
@@ -93,20 +114,30 @@ fn adjust_oom_score(score: i16) -> Result<()> {
 fn join(job: &Job, descriptors: &Descriptors) -> Result<u64> {
     match job {
         Job::Create(plan) => {
-            for (kind, namespace) in plan.joined_namespaces.iter().zip(&descriptors.namespaces) {
+            let joined = plan.joined_namespaces.iter().zip(&descriptors.namespaces);
+            // The user namespace comes last: its rights may not reach the others.
+            for (kind, namespace) in joined.filter(|(kind, _)| **kind != Namespace::User) {
                 move_into_link_name_space(namespace.as_fd(), None)
                     .context(|| format!("join the {kind:?} namespace"))?;
+            }
+            if plan.joined_namespaces.contains(&Namespace::Uts) {
+                plan.set_hostname()?;
             }
             Ok(plan
                 .new_namespaces
                 .iter()
-                // Made by the process itself, once it is in its cgroup.
-                .filter(|kind| **kind != Namespace::Cgroup)
+                // Made by the process itself, once it is in its cgroup, and by the helper before.
+                .filter(|kind| !matches!(kind, Namespace::Cgroup | Namespace::User))
                 .fold(0, |flags, kind| flags | kind.flag()))
         }
-        Job::Exec(_) => {
+        Job::Exec(plan) => {
             if let Some(init) = &descriptors.init {
-                move_into_thread_name_spaces(init.as_fd(), JOINED)
+                // The kernel refuses to enter the user namespace that one is in.
+                let user = match plan.user_namespace {
+                    true => ThreadNameSpaceType::USER,
+                    false => ThreadNameSpaceType::empty(),
+                };
+                move_into_thread_name_spaces(init.as_fd(), JOINED | user)
                     .context(|| "join the container's namespaces")?;
             }
             Ok(0)
@@ -128,6 +159,13 @@ struct Descriptors {
 }
 
 impl Descriptors {
+    /// The user namespace that a container joins.
+    fn user_namespace(&self, plan: &ContainerPlan) -> Option<BorrowedFd<'_>> {
+        let user = |kind: &Namespace| *kind == Namespace::User;
+        let index = plan.joined_namespaces.iter().position(user)?;
+        self.namespaces.get(index).map(AsFd::as_fd)
+    }
+
     fn split(all: Vec<OwnedFd>, job: &Job) -> Result<Self> {
         let missing = || AgentError::internal("the job lacks a descriptor");
         let mut all = all.into_iter();

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::channel;
 use super::helper::ROLE;
+use super::hooks::{self, Hooks};
 use super::plan::{ContainerPlan, Go, Job, ProcessPlan, Report};
 use crate::error::{AgentError, Context as _, Result};
 use crate::reaper::{Exit, Launch, Reaper};
@@ -119,8 +120,26 @@ impl Launcher {
             init: None,
             namespaces: &[],
         };
-        let (_, process) = self.converse(&Job::PidNamespace, None, along).await?;
+        let job = Job::PidNamespace;
+        let (_, process) = self.converse(&job, None, along, self.patience).await?;
         Ok(process.pid)
+    }
+
+    /// Runs the hooks of a container whose program has started; `pid` is its first process.
+    ///
+    /// # Errors
+    ///
+    /// The first that fails.
+    pub(crate) async fn started(&self, hooks: &Hooks, pid: i32) -> Result<()> {
+        let Hooks {
+            poststart, state, ..
+        } = hooks;
+        hooks::run_in_agent(&self.reaper, poststart, state, "running", pid).await
+    }
+
+    /// Runs the hooks of a container that is gone.
+    pub(crate) async fn stopped(&self, hooks: &Hooks) {
+        hooks::run_all_in_agent(&self.reaper, &hooks.poststop, &hooks.state).await;
     }
 
     async fn launch(&self, job: Job, along: Along<'_>) -> Result<Launched> {
@@ -130,7 +149,14 @@ impl Launcher {
         } else {
             (None, None)
         };
-        let (stream, process) = self.converse(&job, theirs, along).await?;
+        let hooks = match &job {
+            Job::Create(plan) => Some(&plan.hooks),
+            Job::Exec(_) | Job::PidNamespace => None,
+        };
+        let to_create = hooks.map_or(Duration::ZERO, Hooks::patience_to_create);
+        let to_start = hooks.map_or(Duration::ZERO, Hooks::patience_to_start);
+        let patience = self.patience.saturating_add(to_create);
+        let (stream, process) = self.converse(&job, theirs, along, patience).await?;
         let streams = match (pipes, process.master) {
             (Some(pipes), _) => pipes,
             (None, Some(master)) => {
@@ -147,7 +173,7 @@ impl Launcher {
             streams,
             gate: Gate {
                 stream,
-                patience: self.patience,
+                patience: self.patience.saturating_add(to_start),
             },
         })
     }
@@ -158,19 +184,20 @@ impl Launcher {
         job: &Job,
         pipes: Option<[OwnedFd; 3]>,
         along: Along<'_>,
+        patience: Duration,
     ) -> Result<(UnixStream, Spawned)> {
         let (ours, theirs) = UnixStream::pair().context(|| "socket to the helper")?;
         // Statuses are kept from before the first process exists.
         let launch = self.reaper.launch();
         let helper = Helper::spawn(theirs)?;
-        let conversation = converse(&ours, job, pipes, along, &launch);
-        match timeout(self.patience, conversation).await {
+        let conversation = converse(&ours, job, pipes, along, &launch, &self.reaper);
+        match timeout(patience, conversation).await {
             Ok(spawned) => Ok((ours, spawned?)),
             Err(_) => {
                 helper.kill();
                 Err(AgentError::internal(format!(
                     "the process was not ready within {} s",
-                    self.patience.as_secs()
+                    patience.as_secs()
                 )))
             }
         }
@@ -194,6 +221,7 @@ async fn converse(
     pipes: Option<[OwnedFd; 3]>,
     along: Along<'_>,
     launch: &Launch,
+    reaper: &Reaper,
 ) -> Result<Spawned> {
     let mut descriptors = vec![along.cgroup];
     descriptors.extend(along.init);
@@ -206,6 +234,7 @@ async fn converse(
     // Two processes report, so either may come first.
     let mut process = None;
     let mut ready = None;
+    let mut mounted = false;
     loop {
         let (report, descriptors) = next(stream).await?;
         let mut descriptors = descriptors.into_iter();
@@ -217,8 +246,21 @@ async fn converse(
                 let exit = launch.claim(pid, &pidfd);
                 process = Some((pid, pidfd, exit));
             }
+            Report::Mounted => mounted = true,
             Report::Ready => ready = Some(descriptors.next()),
             Report::Failed(failure) => return Err(failure.into()),
+        }
+        if let (Job::Create(plan), Some((pid, ..)), true) = (job, &process, mounted) {
+            mounted = false;
+            let Hooks {
+                create_runtime,
+                state,
+                ..
+            } = &plan.hooks;
+            hooks::run_in_agent(reaper, create_runtime, state, "creating", *pid).await?;
+            channel::send(stream, &Go, &[])
+                .await
+                .context(|| "tell the process to go on")?;
         }
         if process.is_some() && ready.is_some() {
             break;

@@ -18,6 +18,7 @@ mod channel;
 mod command;
 mod devices;
 mod helper;
+mod hooks;
 mod launch;
 mod masks;
 mod plan;
@@ -30,8 +31,10 @@ mod spec;
 mod sysctl;
 mod terminal;
 mod user;
+mod user_namespace;
 
 pub(crate) use helper::{ROLE as HELPER_ROLE, main as helper_main};
+pub(crate) use hooks::Hooks;
 pub(crate) use launch::{Gate, Launched, Launcher, Streams};
 pub(crate) use plan::{ContainerPlan, Namespace, ProcessPlan};
 pub(crate) use spec::{Joins, container, process};

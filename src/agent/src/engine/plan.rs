@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::capabilities::Sets;
 use super::devices::Node;
+use super::hooks::Hooks;
 use super::rlimits::Limit;
 use super::seccomp::Profile;
+use super::user_namespace::Mappings;
+use crate::error::AgentError;
 use crate::mount::{MountOptions, Propagation};
 
 /// What the helper shall do.
@@ -51,6 +54,9 @@ pub(crate) struct ContainerPlan {
     pub(crate) hostname: Option<String>,
     /// Paths below `/proc/sys` and values.
     pub(crate) sysctls: Vec<(String, String)>,
+    /// Of a new user namespace.
+    pub(crate) mappings: Option<Mappings>,
+    pub(crate) hooks: Hooks,
     pub(crate) process: ProcessPlan,
 }
 
@@ -63,6 +69,8 @@ pub(crate) enum Namespace {
     Uts,
     Network,
     Cgroup,
+    User,
+    Time,
 }
 
 impl Namespace {
@@ -75,10 +83,15 @@ impl Namespace {
             Self::Uts => libc::CLONE_NEWUTS,
             Self::Network => libc::CLONE_NEWNET,
             Self::Cgroup => libc::CLONE_NEWCGROUP,
+            Self::User => libc::CLONE_NEWUSER,
+            Self::Time => CLONE_NEWTIME,
         };
         u64::from(flag.cast_unsigned())
     }
 }
+
+/// `clone3(2)` has it, older calls use the bit otherwise.
+const CLONE_NEWTIME: libc::c_int = 0x80;
 
 /// The container's file system.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -106,6 +119,20 @@ pub(crate) struct MountPlan {
     pub(crate) options: MountOptions,
 }
 
+impl MountPlan {
+    /// What failed, with the mount's name.
+    pub(super) fn failed(&self, error: &AgentError) -> AgentError {
+        let source = if self.source.is_empty() {
+            &self.kind
+        } else {
+            &self.source
+        };
+        let place = &self.destination;
+        let line = format!("mount {source:?} on {place:?}: {}", error.line());
+        AgentError::new(error.kind(), line)
+    }
+}
+
 /// A process in a container.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct ProcessPlan {
@@ -126,6 +153,8 @@ pub(crate) struct ProcessPlan {
     /// `None`: three pipes instead.
     pub(crate) terminal: Option<WindowSize>,
     pub(crate) seccomp: Option<Profile>,
+    /// Whether the container has a user namespace: ids and rights are those in it.
+    pub(crate) user_namespace: bool,
 }
 
 /// A terminal's size in characters.
@@ -140,12 +169,14 @@ pub(crate) struct WindowSize {
 pub(crate) enum Report {
     /// The process exists: its pid; its pidfd is passed along.
     Spawned(i32),
+    /// The container's file system is mounted; the process waits for the hooks of that moment.
+    Mounted,
     /// The process is ready to execute; with a terminal, its master side is passed along.
     Ready,
     /// It failed and ends.
     Failed(crate::error::Failure),
 }
 
-/// The word that a process waits for before it executes.
+/// The word that a process waits for before it goes on: into its root, or to its program.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub(crate) struct Go;

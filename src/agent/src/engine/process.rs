@@ -3,7 +3,7 @@
 //! one thread, child of the agent, in its cgroup.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, Gid, Mode, OFlags, Uid, fchown, openat};
@@ -14,10 +14,12 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::capabilities::{self, keep_across_user_change, keep_no_longer};
 use super::channel::Channel;
+use super::hooks::Hooks;
 use super::plan::{ContainerPlan, Go, Namespace, ProcessPlan, Report};
 use super::seccomp::Filter;
 use super::terminal::Terminal;
-use super::{command, masks, rootfs, sysctl, user};
+use super::user_namespace::Prepared;
+use super::{command, hooks, masks, rootfs, sysctl, user};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, Target};
 use crate::sys;
@@ -33,13 +35,28 @@ pub(super) struct Inherited<'a> {
     pub(super) init: Option<OwnedFd>,
     /// The compiled seccomp profile.
     pub(super) filter: Option<Filter>,
+    /// Made with the guest's rights, for a container that does not have them.
+    pub(super) prepared: Prepared,
+    /// Device and file number of this binary.
+    pub(super) own_file: (u64, u64),
+}
+
+impl Inherited<'_> {
+    /// Reports to the agent, and goes on when it says so.
+    fn report_and_wait(&self, report: &Report, along: &[BorrowedFd<'_>]) -> Result<()> {
+        self.channel
+            .send(report, along)
+            .context(|| "report to the agent")?;
+        let _: (Go, _) = self.channel.receive().context(|| "wait for the agent")?;
+        Ok(())
+    }
 }
 
 /// Builds the container around this process and executes its program when the agent says so.
 /// Only returns on failure.
 pub(super) fn container(plan: &ContainerPlan, inherited: &Inherited<'_>) -> AgentError {
-    match build(plan) {
-        Ok(terminal) => execute(&plan.process, inherited, terminal, true),
+    match build(plan, inherited) {
+        Ok(terminal) => execute(&plan.process, inherited, terminal, Some(&plan.hooks)),
         Err(error) => error,
     }
 }
@@ -47,12 +64,12 @@ pub(super) fn container(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Agen
 /// Executes a program in a container that the helper has joined. Only returns on failure.
 pub(super) fn exec(plan: &ProcessPlan, inherited: &Inherited<'_>) -> AgentError {
     match join_cgroup_namespace(inherited).and_then(|()| open_terminal(plan)) {
-        Ok(terminal) => execute(plan, inherited, terminal, false),
+        Ok(terminal) => execute(plan, inherited, terminal, None),
         Err(error) => error,
     }
 }
 
-fn build(plan: &ContainerPlan) -> Result<Option<Terminal>> {
+fn build(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Result<Option<Terminal>> {
     setsid().context(|| "start a session")?;
     if plan.new_namespaces.contains(&Namespace::Cgroup) {
         // Only now: at the clone its root would have been the helper's cgroup.
@@ -61,11 +78,15 @@ fn build(plan: &ContainerPlan) -> Result<Option<Terminal>> {
     if plan.new_namespaces.contains(&Namespace::Network) {
         sys::net::loopback_up().context(|| "bring the loopback interface up")?;
     }
-    if let Some(name) = &plan.hostname {
-        rustix::system::sethostname(name.as_bytes())
-            .context(|| format!("set host name {name:?}"))?;
+    if plan.new_namespaces.contains(&Namespace::Uts) {
+        plan.set_hostname()?;
     }
-    let root = rootfs::build(&plan.rootfs)?;
+    let user_namespace = plan.process.user_namespace;
+    let root = rootfs::build(&plan.rootfs, &inherited.prepared, user_namespace)?;
+    if !plan.hooks.create_runtime.is_empty() {
+        inherited.report_and_wait(&Report::Mounted, &[])?;
+    }
+    hooks::run_here(&plan.hooks.create_container, &plan.hooks.state, "creating")?;
     let mut terminal = None;
     if let Some(size) = plan.process.terminal {
         let opened = Terminal::open(root.as_fd(), size, plan.process.uid)?;
@@ -93,6 +114,9 @@ fn join_cgroup_namespace(inherited: &Inherited<'_>) -> Result<()> {
 
 fn open_terminal(plan: &ProcessPlan) -> Result<Option<Terminal>> {
     setsid().context(|| "start a session")?;
+    if plan.user_namespace {
+        user::become_root()?;
+    }
     umask(Mode::from_raw_mode(0o022));
     let Some(size) = plan.terminal else {
         return Ok(None);
@@ -115,14 +139,15 @@ fn make_cwd(root: &OwnedFd, cwd: &Path) -> Result<()> {
     }
 }
 
-/// From a finished container to the program.
+/// From a finished container to the program. The first process of a container waits for the word
+/// to start, and runs the hooks of that moment.
 fn execute(
     plan: &ProcessPlan,
     inherited: &Inherited<'_>,
     terminal: Option<Terminal>,
-    wait: bool,
+    first: Option<&Hooks>,
 ) -> AgentError {
-    match prepare(plan, inherited, terminal, wait) {
+    match prepare(plan, inherited, terminal, first) {
         Ok(program) => program.execute(),
         Err(error) => error,
     }
@@ -140,7 +165,7 @@ fn prepare(
     plan: &ProcessPlan,
     inherited: &Inherited<'_>,
     terminal: Option<Terminal>,
-    wait: bool,
+    first: Option<&Hooks>,
 ) -> Result<Program> {
     match (&terminal, inherited.streams.as_slice()) {
         (Some(terminal), _) => terminal.control()?,
@@ -172,7 +197,7 @@ fn prepare(
     let late = inherited.filter.is_some() && !plan.no_new_privileges;
     plan.capabilities
         .apply(if late { capabilities::SYS_ADMIN } else { 0 })?;
-    let program = Program::new(plan)?;
+    let program = Program::new(plan, inherited.own_file)?;
     if plan.no_new_privileges {
         rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs")?;
     }
@@ -180,17 +205,17 @@ fn prepare(
     sys::process::close_on_exec_from(3).context(|| "close descriptors")?;
 
     let master = terminal.as_ref().map(|terminal| terminal.master.as_fd());
-    inherited
-        .channel
-        .send(&Report::Ready, master.as_slice())
-        .context(|| "report to the agent")?;
-    drop(terminal);
-    if wait {
-        let _: (Go, _) = inherited
+    match first {
+        Some(hooks) => {
+            inherited.report_and_wait(&Report::Ready, master.as_slice())?;
+            hooks::run_here(&hooks.start_container, &hooks.state, "created")?;
+        }
+        None => inherited
             .channel
-            .receive()
-            .context(|| "wait for the agent")?;
+            .send(&Report::Ready, master.as_slice())
+            .context(|| "report to the agent")?,
     }
+    drop(terminal);
     if let Some(filter) = &inherited.filter {
         filter.install()?;
         if late {
@@ -201,9 +226,10 @@ fn prepare(
 }
 
 impl Program {
-    fn new(plan: &ProcessPlan) -> Result<Self> {
+    fn new(plan: &ProcessPlan, own_file: (u64, u64)) -> Result<Self> {
         let name = plan.arguments.first().cloned().unwrap_or_default();
         let path = command::find(&name, &plan.environment)?;
+        command::is_not(&path, own_file)?;
         let mut environment = plan.environment.clone();
         if !environment.iter().any(|entry| entry.starts_with("HOME=")) {
             environment.push(format!("HOME={}", user::home(plan.uid)));

@@ -2,7 +2,7 @@
 //! Resource limits of a process (getrlimit(2)).
 
 use protocols::agent::oci::POSIXRlimit;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AgentError, Context as _, Result};
@@ -37,6 +37,47 @@ impl Limit {
             soft: limit.Soft,
             hard: limit.Hard,
         })
+    }
+
+    /// All of a process's limits.
+    ///
+    /// # Errors
+    ///
+    /// A wrong one, or two of one kind.
+    pub(crate) fn all(limits: &[POSIXRlimit]) -> Result<Vec<Self>> {
+        let mut all: Vec<Self> = Vec::new();
+        for limit in limits {
+            let limit = Self::new(limit)?;
+            if all.iter().any(|other| other.name == limit.name) {
+                return Err(AgentError::invalid(format!(
+                    "process.rlimits: {} appears twice",
+                    limit.name
+                )));
+            }
+            all.push(limit);
+        }
+        Ok(all)
+    }
+
+    /// Raises this process's hard limit where the limit to come is above it: a user namespace has
+    /// no right to.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn raise(&self) -> Result<()> {
+        let Some(resource) = resource(&self.name) else {
+            return Ok(());
+        };
+        let now = getrlimit(resource);
+        if now.maximum.is_none_or(|hard| hard >= self.hard) {
+            return Ok(());
+        }
+        let limit = Rlimit {
+            current: now.current,
+            maximum: Some(self.hard).filter(|hard| *hard != u64::MAX),
+        };
+        setrlimit(resource, limit).context(|| format!("raise {}", self.name))
     }
 
     /// Applies the limit to this process.
@@ -103,5 +144,10 @@ mod tests {
                 .contains("RLIMIT_LUCK")
         );
         limit("RLIMIT_NOFILE", 2, 1).unwrap_err();
+        let twice = ["RLIMIT_CPU"; 2].map(|name| POSIXRlimit {
+            Type: name.to_owned(),
+            ..POSIXRlimit::default()
+        });
+        assert!(Limit::all(&twice).unwrap_err().line().contains("twice"));
     }
 }

@@ -4,12 +4,13 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, fstatfs, openat};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{chdir, fchdir, pivot_root};
 
-use super::devices;
 use super::plan::{MountPlan, RootfsPlan};
+use super::user_namespace::Prepared;
+use super::{devices, user};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 use crate::sys::mount::{Attributes, set_attributes};
@@ -20,7 +21,11 @@ use crate::sys::mount::{Attributes, set_attributes};
 /// # Errors
 ///
 /// The first step that failed, with its path.
-pub(crate) fn build(plan: &RootfsPlan) -> Result<OwnedFd> {
+pub(super) fn build(
+    plan: &RootfsPlan,
+    prepared: &Prepared,
+    user_namespace: bool,
+) -> Result<OwnedFd> {
     // Nothing that is mounted from here on may appear in the agent's namespace.
     mount_change(
         "/",
@@ -28,26 +33,22 @@ pub(crate) fn build(plan: &RootfsPlan) -> Result<OwnedFd> {
     )
     .context(|| "leave the propagation of mounts")?;
     let root = attach_root(&plan.path)?;
+    if user_namespace {
+        // Not before: the way to the root may be the guest's alone.
+        user::become_root()?;
+    }
+    let mut ready = prepared.mounts.iter();
     for entry in &plan.mounts {
-        mount_one(root.as_fd(), entry).map_err(|error| {
-            let line = format!(
-                "mount {:?} on {:?}: {}",
-                if entry.source.is_empty() {
-                    &entry.kind
-                } else {
-                    &entry.source
-                },
-                entry.destination,
-                error.line()
-            );
-            AgentError::new(error.kind(), line)
-        })?;
+        let ready = ready.next().and_then(Option::as_ref);
+        mount_one(root.as_fd(), entry, ready).map_err(|error| entry.failed(&error))?;
     }
     // A /dev of the guest or of the runtime is left as it is.
     let dev = Path::new("/dev");
     let foreign = |entry: &MountPlan| entry.options.bind && entry.destination == dev;
-    if !plan.mounts.iter().any(foreign) {
-        devices::create(root.as_fd(), &plan.devices)?;
+    if plan.mounts.iter().any(foreign) {
+        devices::check(root.as_fd(), &plan.devices)?;
+    } else {
+        devices::create(root.as_fd(), &plan.devices, prepared.nodes.as_deref())?;
     }
     Ok(root)
 }
@@ -113,36 +114,51 @@ fn attach_root(path: &Path) -> Result<OwnedFd> {
     Ok(root)
 }
 
-fn mount_one(root: BorrowedFd<'_>, entry: &MountPlan) -> Result<()> {
-    let (mount, target) = if entry.options.bind {
-        let mount = mount::bind(&PathBuf::from(&entry.source), &entry.options)?;
-        let status = fstat(&mount).context(|| "look at the source")?;
-        match FileType::from_raw_mode(status.st_mode) {
-            FileType::Directory => (mount, Target::Directory),
-            _ => (mount, Target::File),
+fn mount_one(root: BorrowedFd<'_>, entry: &MountPlan, ready: Option<&OwnedFd>) -> Result<()> {
+    if entry.options.remount {
+        let place = mount::open_in_root(root, &entry.destination).context(|| "look it up")?;
+        return mount::remount(&place, &entry.options);
+    }
+    let made;
+    let mount = match ready {
+        Some(ready) => ready,
+        None => {
+            made = make(entry)?;
+            &made
         }
-    } else {
-        // cgroup v2 is all there is; specs ask for it by either name.
-        let kind = match entry.kind.as_str() {
-            "cgroup" => "cgroup2",
-            kind => kind,
-        };
-        let source = if entry.source.is_empty() {
-            kind
-        } else {
-            &entry.source
-        };
-        (
-            mount::filesystem(kind, source, &entry.options)?,
-            Target::Directory,
-        )
     };
+    let target =
+        match FileType::from_raw_mode(fstat(mount).context(|| "look at the source")?.st_mode) {
+            FileType::Directory => Target::Directory,
+            _ => Target::File,
+        };
     let destination = mount::create_in_root(root, &entry.destination, target)
         .context(|| "make the mount point")?;
     if matches!(entry.kind.as_str(), "proc" | "sysfs") && !entry.options.bind {
         stays_in_place(root, entry)?;
     }
-    mount::attach(&mount, destination.as_fd(), &entry.options)
+    may_cover(root, entry, mount, &destination)?;
+    if entry.options.copy_up {
+        mount::copy_up(&destination, mount).context(|| "tmpcopyup")?;
+    }
+    mount::attach(mount, destination.as_fd(), &entry.options)
+}
+
+fn make(entry: &MountPlan) -> Result<OwnedFd> {
+    if entry.options.bind {
+        return mount::bind(&PathBuf::from(&entry.source), &entry.options);
+    }
+    // cgroup v2 is all there is; specs ask for it by either name.
+    let kind = match entry.kind.as_str() {
+        "cgroup" => "cgroup2",
+        kind => kind,
+    };
+    let source = if entry.source.is_empty() {
+        kind
+    } else {
+        &entry.source
+    };
+    mount::filesystem(kind, source, &entry.options)
 }
 
 /// A link in place of /proc or /sys would carry the kernel's files past the masks that are laid
@@ -154,3 +170,48 @@ fn stays_in_place(root: BorrowedFd<'_>, entry: &MountPlan) -> Result<()> {
         Err(error) => Err(AgentError::io("look at the mount point", error)),
     }
 }
+
+/// Files of a procfs that other runtimes let mounts cover: what is told there is about the machine
+/// and of no weight for the container's walls.
+const COVERABLE: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/sys/crypto/fips_enabled",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/uptime",
+];
+
+/// Refuses to cover a procfs or a part of it by something else: programs would take that for the
+/// kernel's words, and write to it what was meant for the kernel (CVE-2019-16884, CVE-2025-52881).
+/// Asked of the mount point that was opened, so no link gets past it.
+fn may_cover(
+    root: BorrowedFd<'_>,
+    entry: &MountPlan,
+    mount: &OwnedFd,
+    destination: &OwnedFd,
+) -> Result<()> {
+    let is_proc = |file: &OwnedFd| {
+        fstatfs(file).is_ok_and(|status| u64::try_from(status.f_type) == Ok(PROC_SUPER_MAGIC))
+    };
+    if !is_proc(destination) || is_proc(mount) {
+        return Ok(());
+    }
+    let path: PathBuf = Path::new("/")
+        .join(&entry.destination)
+        .components()
+        .collect();
+    let named = COVERABLE.iter().any(|file| Path::new(file) == path);
+    if named && mount::is_linked(root, &entry.destination) == Ok(false) {
+        return Ok(());
+    }
+    Err(AgentError::invalid(
+        "the mount point is part of a proc file system",
+    ))
+}
+
+const PROC_SUPER_MAGIC: u64 = 0x9fa0;

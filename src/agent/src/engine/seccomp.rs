@@ -210,9 +210,16 @@ impl Rule {
             Some(ErrnoRet::Errnoret(code)) => Some(code),
             _ => None,
         };
+        let action = Action::new(&call.Action, errno)?;
+        if errno.is_some() && !matches!(action, Action::Errno(_) | Action::Trace(_)) {
+            return Err(AgentError::invalid(format!(
+                "linux.seccomp: errnoRet has no meaning with {}",
+                call.Action
+            )));
+        }
         Ok(Self {
             names: call.Names.clone(),
-            action: Action::new(&call.Action, errno)?,
+            action,
             conditions: call
                 .Args
                 .iter()

@@ -8,11 +8,13 @@ use protocols::agent::oci;
 
 use super::capabilities::Sets;
 use super::devices::Node;
+use super::hooks::Hooks;
 use super::plan::{ContainerPlan, MountPlan, Namespace, ProcessPlan, RootfsPlan, WindowSize};
 use super::rlimits::Limit;
 use super::seccomp::Profile;
 use super::sysctl;
-use crate::error::{AgentError, Result};
+use super::user_namespace::Mappings;
+use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{MountOptions, Propagation};
 
 /// Namespaces that a spec asks to join, with the paths of their files.
@@ -29,20 +31,27 @@ pub(crate) fn container(spec: &oci::Spec) -> Result<(ContainerPlan, Joins)> {
     let linux = required(spec.Linux.as_ref(), "linux")?;
     refuse_unsupported(spec, linux)?;
 
+    version(&spec.Version)?;
     let (new_namespaces, joins) = namespaces(&linux.Namespaces)?;
+    let new_user = new_namespaces.contains(&Namespace::User);
+    let joined_user = joins.iter().any(|(kind, _)| *kind == Namespace::User);
+    let mappings = Mappings::new(linux, new_user)?;
     let seccomp = linux.Seccomp.as_ref().map(Profile::new).transpose()?;
     let mut process = self::process(process, None)?;
     process.seccomp = seccomp;
+    process.user_namespace = new_user || joined_user;
     let plan = ContainerPlan {
         new_namespaces,
         joined_namespaces: joins.iter().map(|(kind, _)| *kind).collect(),
-        rootfs: rootfs(spec, root, linux)?,
+        rootfs: rootfs(spec, root, linux, process.user_namespace)?,
         hostname: Some(spec.Hostname.clone()).filter(|name| !name.is_empty()),
         sysctls: linux
             .Sysctl
             .iter()
             .map(|(name, value)| Ok((sysctl::path(name)?, value.clone())))
             .collect::<Result<_>>()?,
+        mappings,
+        hooks: Hooks::new(spec)?,
         process,
     };
     Ok((plan, joins))
@@ -58,6 +67,18 @@ impl ContainerPlan {
             self.joined_namespaces.push(kind);
         }
         joins
+    }
+
+    /// Sets the host name of the UTS namespace that this process is in.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn set_hostname(&self) -> Result<()> {
+        let Some(name) = &self.hostname else {
+            return Ok(());
+        };
+        rustix::system::sethostname(name.as_bytes()).context(|| format!("set host name {name:?}"))
     }
 
     /// Whether the container has a host name to set but no namespace to set it in.
@@ -132,17 +153,14 @@ pub(crate) fn process(process: &oci::Process, init: Option<&ProcessPlan>) -> Res
             (None, Some(init)) => init.capabilities,
             (None, None) => Sets::default(),
         },
-        limits: process
-            .Rlimits
-            .iter()
-            .map(Limit::new)
-            .collect::<Result<_>>()?,
+        limits: Limit::all(&process.Rlimits)?,
         no_new_privileges: process.NoNewPrivileges,
         oom_score_adjust,
         terminal: process
             .Terminal
             .then(|| window_size(process.ConsoleSize.as_ref())),
         seccomp: init.and_then(|init| init.seccomp.clone()),
+        user_namespace: init.is_some_and(|init| init.user_namespace),
     })
 }
 
@@ -154,7 +172,24 @@ fn window_size(size: Option<&oci::Box>) -> WindowSize {
     })
 }
 
-fn rootfs(spec: &oci::Spec, root: &oci::Root, linux: &oci::Linux) -> Result<RootfsPlan> {
+/// The major version of the specification is a promise of what fields mean.
+fn version(version: &str) -> Result<()> {
+    let major = version.split('.').next().unwrap_or_default();
+    if matches!(major, "" | "1") {
+        Ok(())
+    } else {
+        Err(AgentError::unsupported(format!(
+            "ociVersion: {version:?}: only versions 1 are known"
+        )))
+    }
+}
+
+fn rootfs(
+    spec: &oci::Spec,
+    root: &oci::Root,
+    linux: &oci::Linux,
+    user_namespace: bool,
+) -> Result<RootfsPlan> {
     let path = PathBuf::from(&root.Path);
     if !path.is_absolute() || path == Path::new("/") {
         return Err(AgentError::invalid(format!(
@@ -171,41 +206,48 @@ fn rootfs(spec: &oci::Spec, root: &oci::Root, linux: &oci::Linux) -> Result<Root
         path,
         readonly: root.Readonly,
         propagation,
-        mounts: spec.Mounts.iter().map(mount).collect::<Result<_>>()?,
+        mounts: spec
+            .Mounts
+            .iter()
+            .map(|entry| mount(entry, user_namespace))
+            .collect::<Result<_>>()?,
         devices: linux.Devices.iter().map(Node::new).collect::<Result<_>>()?,
         masked: inside("linux.maskedPaths", &linux.MaskedPaths)?,
         readonly_paths: inside("linux.readonlyPaths", &linux.ReadonlyPaths)?,
     })
 }
 
-fn mount(mount: &oci::Mount) -> Result<MountPlan> {
+fn mount(mount: &oci::Mount, user_namespace: bool) -> Result<MountPlan> {
     let destination = PathBuf::from(&mount.destination);
+    let wrong =
+        |what: &str| AgentError::invalid(format!("mounts: {:?}: {what}", mount.destination));
     let normal = |part| matches!(part, Component::Normal(_));
     if mount.destination.is_empty() || !destination.components().any(normal) {
-        return Err(AgentError::invalid(format!(
-            "mounts: destination {:?} is not below /",
-            mount.destination
-        )));
+        return Err(wrong("the destination is not below /"));
     }
     let mut options = MountOptions::parse(&mount.options).map_err(|error| {
-        AgentError::new(
-            error.kind(),
-            format!("mounts: {:?}: {}", mount.destination, error.line()),
-        )
+        let line = format!("mounts: {:?}: {}", mount.destination, error.line());
+        AgentError::new(error.kind(), line)
     })?;
     // "bind" is not a type of file system but the older way to ask for the option.
     options.bind |= mount.type_ == "bind";
-    if options.bind && mount.source.is_empty() {
-        return Err(AgentError::invalid(format!(
-            "mounts: {:?}: a bind mount needs a source",
-            mount.destination
-        )));
+    if options.bind && !options.remount && mount.source.is_empty() {
+        return Err(wrong("a bind mount needs a source"));
     }
-    if !options.bind && mount.type_.is_empty() {
-        return Err(AgentError::invalid(format!(
-            "mounts: {:?}: no type",
-            mount.destination
-        )));
+    if !options.bind && !options.remount && mount.type_.is_empty() {
+        return Err(wrong("no type"));
+    }
+    if options.copy_up && (options.bind || mount.type_ != "tmpfs") {
+        return Err(wrong("tmpcopyup: only a tmpfs starts with a copy"));
+    }
+    match options.id_map {
+        Some(_) if !options.bind => return Err(wrong("idmap: only a bind mount maps ids")),
+        Some(_) if !user_namespace => {
+            return Err(wrong(
+                "idmap: the container has no user namespace to map by",
+            ));
+        }
+        _ => {}
     }
     Ok(MountPlan {
         destination,
@@ -226,6 +268,8 @@ fn namespaces(wanted: &[oci::LinuxNamespace]) -> Result<(Vec<Namespace>, Joins)>
             "uts" => Namespace::Uts,
             "network" => Namespace::Network,
             "cgroup" => Namespace::Cgroup,
+            "user" => Namespace::User,
+            "time" => Namespace::Time,
             other => {
                 return Err(AgentError::unsupported(format!(
                     "linux.namespaces: type {other:?} is not supported"
@@ -258,19 +302,10 @@ fn namespaces(wanted: &[oci::LinuxNamespace]) -> Result<(Vec<Namespace>, Joins)>
 
 /// Fields that would change what the container is, and that this agent can't honour.
 fn refuse_unsupported(spec: &oci::Spec, linux: &oci::Linux) -> Result<()> {
-    let hooks = spec.Hooks.get_or_default();
     let rdt = linux.IntelRdt.get_or_default();
     let refused = [
-        (!hooks.Prestart.is_empty(), "hooks.prestart"),
-        (!hooks.CreateRuntime.is_empty(), "hooks.createRuntime"),
-        (!hooks.CreateContainer.is_empty(), "hooks.createContainer"),
-        (!hooks.StartContainer.is_empty(), "hooks.startContainer"),
-        (!hooks.Poststart.is_empty(), "hooks.poststart"),
-        (!hooks.Poststop.is_empty(), "hooks.poststop"),
         (spec.Solaris.is_some(), "solaris"),
         (spec.Windows.is_some(), "windows"),
-        (!linux.UIDMappings.is_empty(), "linux.uidMappings"),
-        (!linux.GIDMappings.is_empty(), "linux.gidMappings"),
         (!linux.MountLabel.is_empty(), "linux.mountLabel"),
         (!rdt.L3CacheSchema.is_empty(), "linux.intelRdt"),
     ];

@@ -5,6 +5,7 @@
 use std::os::fd::AsFd as _;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::system::setdomainname;
 
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions};
@@ -47,6 +48,13 @@ pub(crate) fn path(name: &str) -> Result<String> {
 pub(crate) fn apply(sysctls: &[(String, String)]) -> Result<()> {
     if sysctls.is_empty() {
         return Ok(());
+    }
+    // Owned by the machine's root where the UTS namespace isn't: the call asks the namespace.
+    let (domain, sysctls): (Vec<_>, Vec<_>) = sysctls
+        .iter()
+        .partition(|(name, _)| name == "kernel/domainname");
+    for (_, value) in domain {
+        setdomainname(value.as_bytes()).context(|| format!("set domain name {value:?}"))?;
     }
     let proc = mount::filesystem("proc", "proc", &MountOptions::default())?;
     for (name, value) in sysctls {

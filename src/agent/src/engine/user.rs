@@ -27,6 +27,18 @@ pub(crate) fn become_user(plan: &ProcessPlan) -> Result<()> {
     set_thread_res_uid(uid, uid, uid).context(|| format!("set uid {}", plan.uid))
 }
 
+/// Becomes the root of the user namespace that this process is in, with no other groups.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn become_root() -> Result<()> {
+    let context = || "become the root of the user namespace";
+    set_thread_groups(&[]).context(context)?;
+    set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).context(context)?;
+    set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).context(context)
+}
+
 /// To the kernel, -1 asks for no change: the process would stay root (setresuid(2)).
 fn real(id: u32) -> std::result::Result<u32, Errno> {
     (id != u32::MAX).then_some(id).ok_or(Errno::INVAL)

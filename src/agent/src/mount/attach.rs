@@ -11,8 +11,9 @@ use rustix::mount::{
     fsmount, fsopen, fspick, move_mount, open_tree, unmount,
 };
 
-use super::MountOptions;
+use super::{IdMap, MountOptions};
 use crate::error::{AgentError, Context as _, Kind, Result};
+use crate::sys;
 use crate::sys::mount::{Attributes, set_attributes};
 
 /// Where the pod's volumes and shared files are in the guest.
@@ -33,7 +34,9 @@ pub(crate) fn filesystem(kind: &str, source: &str, options: &MountOptions) -> Re
     set_parameters(&context, options)?;
     fsconfig_create(context.as_fd())
         .map_err(|error| AgentError::io(format!("{kind}{}", complaint(&context)), error))?;
-    let attributes = u32::try_from(options.attributes().set).unwrap_or_default();
+    // A new mount has none below it: "rro" is "ro" there.
+    let attributes = options.attributes().set | options.recursive_attributes().set;
+    let attributes = u32::try_from(attributes).unwrap_or_default();
     let mount = fsmount(
         context.as_fd(),
         FsMountFlags::FSMOUNT_CLOEXEC,
@@ -71,11 +74,48 @@ pub(crate) fn reconfigure(path: &Path, options: &MountOptions) -> Result<()> {
         ResolveFlags::NO_SYMLINKS,
     )
     .context(|| "open")?;
+    set_new_parameters(root.as_fd(), options)
+}
+
+fn set_new_parameters(mount: BorrowedFd<'_>, options: &MountOptions) -> Result<()> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-    let context = fspick(&root, "", flags).context(|| "look at the mount")?;
+    let context = fspick(mount, "", flags).context(|| "look at the mount")?;
     set_parameters(&context, options)?;
     fsconfig_reconfigure(context.as_fd())
         .map_err(|error| AgentError::io(format!("reconfigure{}", complaint(&context)), error))
+}
+
+/// Changes the mount that `mount` is the root of: attributes, propagation, and parameters of its
+/// file system.
+///
+/// # Errors
+///
+/// The kernel's; EINVAL when it is no mount's root.
+pub(crate) fn remount(mount: &OwnedFd, options: &MountOptions) -> Result<()> {
+    if !options.parameters.is_empty() {
+        set_new_parameters(mount.as_fd(), options)?;
+    }
+    change(mount, options.attributes(), false)?;
+    change(mount, options.recursive_attributes(), true)?;
+    propagate(mount, options)
+}
+
+/// Shows the owners of a detached mount's files as `user_namespace` maps them, if the options ask
+/// for that: what is stored as 0 is seen as the id that 0 is mapped to.
+///
+/// # Errors
+///
+/// The kernel's; EINVAL for a file system that can't be shown so.
+pub(crate) fn map_ids(
+    mount: &OwnedFd,
+    options: &MountOptions,
+    user_namespace: BorrowedFd<'_>,
+) -> Result<()> {
+    let Some(id_map) = options.id_map else {
+        return Ok(());
+    };
+    let recursive = id_map == IdMap::Recursive;
+    sys::mount::map_ids(mount.as_fd(), user_namespace, recursive).context(|| "map ids")
 }
 
 /// Makes a detached copy of the mount at `source`, a path of this mount namespace.
@@ -156,6 +196,10 @@ pub(crate) fn attach(
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
     )
     .context(|| "attach")?;
+    propagate(mount, options)
+}
+
+fn propagate(mount: &OwnedFd, options: &MountOptions) -> Result<()> {
     for propagation in &options.propagation {
         let (attributes, recursive) = propagation.attributes();
         set_attributes(mount.as_fd(), attributes, recursive).context(|| "propagation")?;

@@ -14,6 +14,12 @@ pub(crate) struct MountOptions {
     pub(crate) bind: bool,
     /// Binds, and `rro` and its kin, reach the mounts below as well.
     pub(crate) recursive_bind: bool,
+    /// A tmpfs starts with what is at its mount point.
+    pub(crate) copy_up: bool,
+    /// The mount that is at the destination is changed, and nothing is mounted.
+    pub(crate) remount: bool,
+    /// Owners are shown as mapped by the container's user namespace.
+    pub(crate) id_map: Option<IdMap>,
     set: u64,
     clear: u64,
     recursive_set: u64,
@@ -22,6 +28,15 @@ pub(crate) struct MountOptions {
     pub(crate) propagation: Vec<Propagation>,
     /// Parameters of the file system: `key=value`, or a flag.
     pub(crate) parameters: Vec<(String, Option<String>)>,
+}
+
+/// `idmap` or `ridmap`.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) enum IdMap {
+    /// Of the mount itself.
+    Single,
+    /// Of the mounts below it, too.
+    Recursive,
 }
 
 /// `shared`, `rslave`, ...
@@ -47,15 +62,20 @@ impl MountOptions {
 
     fn add(&mut self, word: &str) -> Result<()> {
         match word {
-            "" | "defaults" => {}
+            // What every mount is without being told.
+            "" | "defaults" | "loud" | "nomand" | "noiversion" => {}
             "bind" => self.bind = true,
             "rbind" => {
                 self.bind = true;
                 self.recursive_bind = true;
             }
-            "remount" | "tmpcopyup" | "idmap" | "ridmap" => {
+            "remount" => self.remount = true,
+            "tmpcopyup" => self.copy_up = true,
+            "idmap" => self.id_map = Some(IdMap::Single),
+            "ridmap" => self.id_map = Some(IdMap::Recursive),
+            "mand" | "silent" | "iversion" => {
                 return Err(AgentError::unsupported(format!(
-                    "mount option {word:?} is not supported"
+                    "mount option {word:?} is no longer the kernel's"
                 )));
             }
             _ => {
@@ -208,7 +228,7 @@ mod tests {
 
     #[test]
     fn what_is_not_honoured_is_refused_by_name() {
-        let error = MountOptions::parse(&["ro", "tmpcopyup"]).unwrap_err();
-        assert!(error.line().contains("tmpcopyup"));
+        let error = MountOptions::parse(&["ro", "mand"]).unwrap_err();
+        assert!(error.line().contains("mand"));
     }
 }

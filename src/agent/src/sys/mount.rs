@@ -31,6 +31,30 @@ pub(crate) fn set_attributes(
         propagation: attributes.propagation,
         userns_fd: 0,
     };
+    change(mount, &argument, recursive)
+}
+
+/// Shows the owners of files as `user_namespace` maps them, on the detached mount that `mount` is
+/// the root of; with `recursive`, on the mounts below it too.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn map_ids(
+    mount: BorrowedFd<'_>,
+    user_namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> io::Result<()> {
+    let argument = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(user_namespace.as_raw_fd().cast_unsigned()),
+    };
+    change(mount, &argument, recursive)
+}
+
+fn change(mount: BorrowedFd<'_>, argument: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let mut flags = libc::AT_EMPTY_PATH;
     if recursive {
         flags |= libc::AT_RECURSIVE;
@@ -42,7 +66,7 @@ pub(crate) fn set_attributes(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const argument,
+            core::ptr::from_ref(argument),
             size_of::<libc::mount_attr>(),
         )
     };

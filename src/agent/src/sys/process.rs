@@ -97,6 +97,18 @@ pub(crate) fn new_cgroup_namespace() -> io::Result<()> {
     Ok(())
 }
 
+/// Leaves the current mount namespace for a copy of it. The process has one thread.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn new_mount_namespace() -> io::Result<()> {
+    // SAFETY: no descriptor table or memory is unshared.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    super::check(result.into())?;
+    Ok(())
+}
+
 /// Leaves the current IPC and UTS namespaces, for this thread only.
 ///
 /// # Errors
@@ -153,6 +165,16 @@ pub(crate) fn reap_for_ever() -> ! {
     reset_signals();
     // SAFETY: SIG_IGN runs no code of ours.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    loop {
+        // SAFETY: waits for a signal and touches no memory.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Waits until this process is killed, at the latest when its parent ends.
+pub(crate) fn wait_for_the_end() -> ! {
+    // SAFETY: asks for a signal and touches no memory.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     loop {
         // SAFETY: waits for a signal and touches no memory.
         unsafe { libc::pause() };

@@ -298,7 +298,7 @@ async fn failures_name_what_failed() -> Result<()> {
             let sysctl = &mut linux_of(s).Sysctl;
             sysctl.insert("kernel.no_such".to_owned(), "1".to_owned());
         }),
-        ("hooks.prestart: not supported", |s| {
+        ("hooks.prestart: \"\": not an absolute path", |s| {
             s.Hooks.mut_or_insert_default().Prestart = vec![oci::Hook::default()];
         }),
     ];
@@ -337,5 +337,53 @@ async fn an_exec_is_in_the_same_container() -> Result<()> {
         Ok(outcome.stdout)
     };
     assert_eq!(read("1", "e1").await?, read("self", "e2").await?);
+    Ok(())
+}
+
+/// A pod's containers share the machine's network and the pod's names, which the user namespace of
+/// one of them does not own.
+#[tokio::test]
+async fn a_user_namespace_in_a_pod() -> Result<()> {
+    let rig = Rig::new().await?;
+    let script = "id -u; hostname; ls /sys/class/net; grep -c mqueue /proc/mounts; \
+                  cat /proc/self/uid_map | tr -s ' '; sleep 1000";
+    let mut spec = rig.spec("a", &["sh", "-c", script])?;
+    fs::create_dir(rig.share("a/run"))?;
+    let linux = linux_of(&mut spec);
+    linux.Namespaces.retain(|it| it.Type != "network");
+    linux.Namespaces.push(oci::LinuxNamespace {
+        Type: "user".to_owned(),
+        ..oci::LinuxNamespace::default()
+    });
+    let mapping = vec![oci::LinuxIDMapping {
+        HostID: 300_000,
+        Size: 65536,
+        ..oci::LinuxIDMapping::default()
+    }];
+    linux.UIDMappings = mapping.clone();
+    linux.GIDMappings = mapping;
+    rig.create("a", spec).await?;
+    rig.start("a").await?;
+    let mut text = String::new();
+    while !text.ends_with("65536\n") {
+        text.push_str(&String::from_utf8(rig.read_once("a", "", false).await?)?);
+    }
+    assert_eq!(text, "0\nbox\nlo\n1\n 0 300000 65536\n");
+
+    let own = fs::read_link("/proc/self/ns/user")?;
+    // An exec is in the same namespace, whoever its user is.
+    for (uid, terminal) in [(0, false), (1000, false), (1000, true)] {
+        let script = "id -u; echo out > /dev/stdout; readlink /proc/self/ns/user";
+        let mut exec = process(&["sh", "-c", script]);
+        exec.Terminal = terminal;
+        exec.User.mut_or_insert_default().UID = uid;
+        let name = format!("e{uid}{terminal}");
+        rig.exec("a", &name, exec).await?;
+        let outcome = rig.outcome("a", &name).await?;
+        let seen = outcome.stdout.replace('\r', "");
+        assert_eq!(outcome.stderr, "");
+        assert!(seen.starts_with(&format!("{uid}\nout\nuser:[")), "{seen}");
+        assert!(!seen.contains(&*own.to_string_lossy()), "{seen}");
+    }
     Ok(())
 }

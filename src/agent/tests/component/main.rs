@@ -15,6 +15,9 @@
     clippy::expect_used
 )]
 
+mod conformance;
+#[path = "conformance/cases.rs"]
+mod conformance_cases;
 mod disks;
 mod isolation;
 mod lifecycle;

@@ -111,8 +111,11 @@ pub(crate) fn amend(spec: &mut Spec, place: &Place<'_>) -> Result<Amended> {
         None => return Err(refused("process", "missing")),
     }
     hooks(&spec.hooks)?;
-    // What is left runs on the host.
-    spec.hooks = Hooks::default();
+    // What is left runs on the host, but for programs of the container itself.
+    spec.hooks = Hooks {
+        start_container: mem::take(&mut spec.hooks.start_container),
+        ..Hooks::default()
+    };
     let linux = &mut spec.linux;
     if !linux.mount_label.is_empty() {
         debug!(
@@ -219,20 +222,17 @@ pub(crate) fn take_cpus(resources: &mut Resources) -> Result<String> {
     Ok(mem::take(&mut cpu.cpus))
 }
 
-/// Some hooks run on the host, which the runtime sees to. Others run a program of the host in the
-/// container, where it isn't. A runtime that doesn't run one must not run the container either.
+/// Most hooks run on the host, which the runtime sees to; `startContainer`'s are programs of the
+/// container, which the agent runs. Others run a program of the host in the container's namespaces,
+/// where it isn't. A runtime that doesn't run one must not run the container either.
 fn hooks(hooks: &Hooks) -> Result<()> {
-    let all = [
-        ("createContainer", &hooks.create_container),
-        ("startContainer", &hooks.start_container),
-    ];
-    match all.iter().find(|(_, hooks)| !hooks.is_empty()) {
-        Some((name, _)) => Err(refused(
-            &format!("hooks.{name}"),
-            "a program of the host can't run in the guest",
-        )),
-        None => Ok(()),
+    if hooks.create_container.is_empty() {
+        return Ok(());
     }
+    Err(refused(
+        "hooks.createContainer",
+        "a program of the host can't run in the guest",
+    ))
 }
 
 /// A namespace of the host can't be joined. The ones that a pod shares are shared by the machine

@@ -129,8 +129,8 @@ fn what_cannot_be_carried_is_refused_by_name() {
         ),
         (
             r#""annotations""#,
-            r#""hooks": {"startContainer": [{"path": "/x"}]}, "annotations""#,
-            "hooks.startContainer",
+            r#""hooks": {"createContainer": [{"path": "/x"}]}, "annotations""#,
+            "hooks.createContainer",
         ),
         (
             r#"{"type": "pid"}"#,
@@ -306,4 +306,31 @@ fn the_processes_of_another_container_can_t_be_joined() {
     );
     let own = MEMBER.replace(r#", "path": "/proc/77/ns/pid""#, "");
     assert!(!member(&own).unwrap().1.shares_pids);
+}
+
+#[test]
+fn hooks_of_the_container_s_own_programs_go_to_the_agent() {
+    let hooks = r#""hooks": {"prestart": [{"path": "/p"}],
+        "startContainer": [{"path": "/s", "timeout": 3}]}, "annotations""#;
+    let (spec, _) = amended(&CTR.replacen(r#""annotations""#, hooks, 1)).unwrap();
+    let (prestart, start) = (&spec.Hooks.Prestart, &spec.Hooks.StartContainer);
+    assert!(prestart.is_empty());
+    assert_eq!((start[0].Path.as_str(), start[0].Timeout), ("/s", 3));
+}
+
+/// The table is the agent's and ours: what the protocol has no place for, no container may ask.
+#[test]
+fn what_the_conformance_table_calls_absent_is_refused_by_name() {
+    let table: toml::Table =
+        toml::from_str(include_str!("../../../../tests/conformance/config.toml")).unwrap();
+    let absent = table["absent"].as_array().unwrap();
+    assert!(absent.len() > 20);
+    for row in absent.iter().filter(|row| row.get("shim").is_none()) {
+        let field = row["field"].as_str().unwrap();
+        let name = field.rsplit('.').next().unwrap();
+        let message = read(row["spec"].as_str().unwrap().as_bytes())
+            .expect_err(field)
+            .chain();
+        assert!(message.contains(name), "{field}: {message}");
+    }
 }

@@ -55,36 +55,12 @@ fn every_unsupported_field_is_refused_by_its_name() {
     type Change = fn(&mut oci::Spec);
     let hook = || vec![oci::Hook::default()];
     let _ = hook;
-    let cases: [(&str, Change); 16] = [
-        ("hooks.prestart", |s| {
-            s.Hooks.mut_or_insert_default().Prestart = vec![oci::Hook::default()];
-        }),
-        ("hooks.createRuntime", |s| {
-            s.Hooks.mut_or_insert_default().CreateRuntime = vec![oci::Hook::default()];
-        }),
-        ("hooks.createContainer", |s| {
-            s.Hooks.mut_or_insert_default().CreateContainer = vec![oci::Hook::default()];
-        }),
-        ("hooks.startContainer", |s| {
-            s.Hooks.mut_or_insert_default().StartContainer = vec![oci::Hook::default()];
-        }),
-        ("hooks.poststart", |s| {
-            s.Hooks.mut_or_insert_default().Poststart = vec![oci::Hook::default()];
-        }),
-        ("hooks.poststop", |s| {
-            s.Hooks.mut_or_insert_default().Poststop = vec![oci::Hook::default()];
-        }),
+    let cases: [(&str, Change); 8] = [
         ("solaris", |s| {
             s.Solaris = Some(oci::Solaris::default()).into();
         }),
         ("windows", |s| {
             s.Windows = Some(oci::Windows::default()).into();
-        }),
-        ("linux.uidMappings", |s| {
-            s.Linux.mut_or_insert_default().UIDMappings = vec![oci::LinuxIDMapping::default()];
-        }),
-        ("linux.gidMappings", |s| {
-            s.Linux.mut_or_insert_default().GIDMappings = vec![oci::LinuxIDMapping::default()];
         }),
         ("linux.mountLabel", |s| {
             s.Linux.mut_or_insert_default().MountLabel = "x".to_owned();
@@ -100,7 +76,7 @@ fn every_unsupported_field_is_refused_by_its_name() {
         ("linux.namespaces", |s| {
             let linux = s.Linux.mut_or_insert_default();
             linux.Namespaces.push(oci::LinuxNamespace {
-                Type: "user".to_owned(),
+                Type: "fancy".to_owned(),
                 ..oci::LinuxNamespace::default()
             });
         }),
@@ -125,7 +101,7 @@ fn every_unsupported_field_is_refused_by_its_name() {
 #[test]
 fn contradictions_are_refused_by_name() {
     type Change = fn(&mut oci::Spec);
-    let cases: [(&str, Change); 9] = [
+    let cases: [(&str, Change); 12] = [
         ("process: missing", |s| s.Process.0 = None),
         ("root: missing", |s| s.Root.0 = None),
         ("root.path", |s| {
@@ -149,6 +125,15 @@ fn contradictions_are_refused_by_name() {
         ("linux.maskedPaths", |s| {
             s.Linux.mut_or_insert_default().MaskedPaths = vec!["proc".to_owned()];
         }),
+        ("linux.uidMappings", |s| {
+            s.Linux.mut_or_insert_default().UIDMappings = vec![oci::LinuxIDMapping::default()];
+        }),
+        ("linux.gidMappings", |s| {
+            s.Linux.mut_or_insert_default().GIDMappings = vec![oci::LinuxIDMapping::default()];
+        }),
+        ("hooks.prestart", |s| {
+            s.Hooks.mut_or_insert_default().Prestart = vec![oci::Hook::default()];
+        }),
     ];
     for (field, change) in cases {
         let error = refusal(change);
@@ -160,12 +145,13 @@ fn contradictions_are_refused_by_name() {
 #[test]
 fn mounts_need_what_their_kind_needs() {
     let with = |destination: &str, kind: &str, source: &str| {
-        mount(&oci::Mount {
+        let entry = oci::Mount {
             destination: destination.to_owned(),
             type_: kind.to_owned(),
             source: source.to_owned(),
             ..oci::Mount::default()
-        })
+        };
+        mount(&entry, false)
     };
     assert!(with("/data", "bind", "/src").unwrap().options.bind);
     assert!(!with("/proc", "proc", "proc").unwrap().options.bind);
@@ -173,6 +159,23 @@ fn mounts_need_what_their_kind_needs() {
     assert!(with("/data", "", "x").is_err());
     assert!(with("/", "tmpfs", "tmpfs").is_err());
     assert!(with("/..", "tmpfs", "tmpfs").is_err());
+}
+
+#[test]
+fn ids_are_mapped_for_binds_of_containers_with_a_user_namespace() {
+    let with = |kind: &str, user_namespace| {
+        let entry = oci::Mount {
+            destination: "/data".to_owned(),
+            type_: kind.to_owned(),
+            source: "/src".to_owned(),
+            options: vec!["idmap".to_owned()],
+            ..oci::Mount::default()
+        };
+        mount(&entry, user_namespace)
+    };
+    assert!(with("bind", true).is_ok());
+    assert!(with("bind", false).is_err());
+    assert!(with("tmpfs", true).is_err());
 }
 
 #[test]
