@@ -6,11 +6,13 @@
 //! ones for its tables. Signals, waits and streams never take the first.
 
 mod create;
+mod diagnostics;
 mod process;
 mod requests;
 mod stdio;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +24,8 @@ pub(crate) use process::Process;
 pub(crate) use requests::{
     close_stdin, exec, freeze, read, resize, signal, stats, update, wait, write_stdin,
 };
-pub(crate) use stdio::Output;
+pub(crate) use diagnostics::termination_log;
+pub(crate) use stdio::{Output, Stdio};
 
 use crate::cgroup::Cgroup;
 use crate::engine::{Gate, ProcessPlan};
@@ -48,6 +51,8 @@ pub(crate) struct Container {
     /// Processes by exec id; the first process is under the empty one.
     processes: Mutex<HashMap<String, Entry>>,
     held: Mutex<Option<Held>>,
+    /// Where in the guest its last words to Kubernetes are.
+    termination_log: Option<PathBuf>,
     /// Held across a change of the container.
     change: tokio::sync::Mutex<()>,
     watches: Vec<JoinHandle<()>>,
