@@ -53,7 +53,7 @@ impl Transport {
         }
     }
 
-    fn place(self, source: &str) -> Result<Place> {
+    pub(crate) fn place(self, source: &str) -> Result<Place> {
         if !self.is_there() {
             let name = self.name();
             return Err(AgentError::unsupported(format!(
@@ -86,7 +86,7 @@ pub(crate) struct Disk {
 
 /// How a disk is named.
 #[derive(Debug)]
-enum Place {
+pub(crate) enum Place {
     Pci(pci::Path),
     Node(PathBuf),
     /// The ending of the SCSI device's name; which host adapter it is at is not known.
@@ -99,7 +99,7 @@ impl Disk {
         (self.major, self.minor)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn numbered(major: u32, minor: u32) -> Self {
         Self {
             path: PathBuf::from("/dev/vdb"),

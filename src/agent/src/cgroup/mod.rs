@@ -22,6 +22,26 @@ pub(crate) use events::OutOfMemory;
 
 use crate::error::{AgentError, Context as _, Kind, Result};
 
+/// A text as files of the kernel's.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(text: &str) {
+    if let Some(ranges) = cpuset::parse(text) {
+        assert_eq!(cpuset::parse(&cpuset::words(&ranges)), Some(ranges.clone()));
+        let _ = cpuset::within(&ranges, &[(1, 7)]);
+    }
+    stats::fuzz(text);
+    let _ = relative(text, "id");
+}
+
+/// Rules about devices, as a program for the kernel that is not loaded.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_rules(
+    rules: &[protocols::agent::oci::LinuxDeviceCgroup],
+    nodes: &[protocols::agent::oci::LinuxDevice],
+) {
+    devices::fuzz(rules, nodes);
+}
+
 const ROOT: &str = "/sys/fs/cgroup";
 /// Controllers that containers are limited by.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetlb"];

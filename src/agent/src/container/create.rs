@@ -145,7 +145,7 @@ fn is_pause(spec: &oci::Spec) -> bool {
         || says("io.katacontainers.pkg.oci.container_type", "pod_sandbox")
 }
 
-fn check(request: &CreateContainerRequest) -> Result<()> {
+pub(super) fn check(request: &CreateContainerRequest) -> Result<()> {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
     let id = &request.container_id;
     if id.is_empty() || !id.chars().all(plain) || id.starts_with('.') {

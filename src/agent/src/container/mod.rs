@@ -7,6 +7,8 @@
 
 mod create;
 mod diagnostics;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod process;
 mod requests;
 mod stdio;

@@ -185,7 +185,7 @@ pub(crate) fn stats(
 }
 
 /// Lines such as `  eth0: 10 1 0 0 0 0 0 0 20 2 0 0 0 0 0 0`; loopback is nobody's traffic.
-fn network(text: &str) -> Vec<NetworkStats> {
+pub(super) fn network(text: &str) -> Vec<NetworkStats> {
     text.lines()
         .filter_map(|line| line.split_once(':'))
         .filter(|(name, _)| name.trim() != "lo")

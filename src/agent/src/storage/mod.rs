@@ -238,6 +238,29 @@ impl Storages {
     }
 }
 
+/// A text as sizes and files of the kernel's.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(text: &str) {
+    huge::fuzz(text);
+    stale::fuzz(text);
+}
+
+/// Storages of a request, checked with nothing mounted.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_request(storages: Vec<Storage>) {
+    for storage in &storages {
+        let _ = crate::mount::MountOptions::parse(&storage.options);
+        if let Some(transport) = Transport::named(&storage.driver) {
+            let _ = transport.place(&storage.source);
+        }
+    }
+    let _ = layers::group(storages).map(|wanted| {
+        wanted
+            .iter()
+            .all(|wanted| wanted.is_shared() && wanted.mount_point().is_empty())
+    });
+}
+
 /// Runs mount work, which may wait for a device, away from the event loop.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,

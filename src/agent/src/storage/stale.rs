@@ -47,6 +47,11 @@ fn plain(point: &str) -> PathBuf {
     PathBuf::from(path)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) {
+    let _ = shares(text);
+}
+
 fn is_stale(point: &Path) -> bool {
     matches!(statfs(point), Err(Errno::NOTCONN | Errno::CONNABORTED | Errno::STALE))
 }
