@@ -196,7 +196,11 @@ mod tests {
         let parameters = Parameters::from_cmdline("agent.log=debug")
             .with_environment(|key| (key == "KATA_AGENT_LOG_LEVEL").then(|| "error".to_owned()));
         assert_eq!(parameters.log, LevelFilter::ERROR);
-        let words = |key: &str| (key == "KATA_AGENT_PARAMETERS").then(|| "agent.log=off".to_owned());
-        assert_eq!(Parameters::default().with_environment(words).log, LevelFilter::OFF);
+        let words =
+            |key: &str| (key == "KATA_AGENT_PARAMETERS").then(|| "agent.log=off".to_owned());
+        assert_eq!(
+            Parameters::default().with_environment(words).log,
+            LevelFilter::OFF
+        );
     }
 }

@@ -113,7 +113,10 @@ pub(crate) fn shell_main() -> ExitCode {
     for shell in SHELLS {
         last = Command::new(shell)
             .arg("-i")
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            .env(
+                "PATH",
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            )
             .env("TERM", env::var("TERM").as_deref().unwrap_or("linux"))
             .env("HOME", "/")
             .exec();

@@ -118,7 +118,9 @@ mod tests {
     fn words_are_mostly_the_given_ones() {
         let bytes: Vec<u8> = (0..=255).collect();
         let mut input = Input::new(&bytes);
-        let right = (0..100).filter(|_| input.word(&["a", "b"]).len() == 1).count();
+        let right = (0..100)
+            .filter(|_| input.word(&["a", "b"]).len() == 1)
+            .count();
         assert!(right > 80, "{right}");
     }
 }

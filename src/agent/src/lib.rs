@@ -19,8 +19,8 @@ mod forward;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod init;
-mod log;
 mod kernel_events;
+mod log;
 mod mount;
 mod network;
 mod passfd;

@@ -27,6 +27,8 @@ const KEPT: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(100);
 /// What is carried at once.
 const PIECE: u32 = 64 << 10;
+/// What a terminal takes for the end of input.
+const END_OF_INPUT: &[u8] = b"\x04";
 /// How long the host may take to take the rest of a process's output, once that has ended.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
@@ -164,10 +166,22 @@ impl Connected {
             stdin = from;
         }
         let stderr = self.stderr.map(|stream| split(stream).1);
-        let input = tokio::spawn(write_all(Arc::clone(&stdio), exit.clone(), stdin));
+        let mut input = tokio::spawn(write_all(Arc::clone(&stdio), exit.clone(), stdin));
         let error = read_all(Arc::clone(&stdio), exit.clone(), Output::Stderr, stderr);
         let output = read_all(Arc::clone(&stdio), exit.clone(), Output::Stdout, stdout);
-        tokio::join!(output, error);
+        let mut outputs = Box::pin(async { tokio::join!(output, error) });
+        if two_way {
+            // Who hangs up gets what is on its way; then the terminal goes, and with it what runs.
+            tokio::select! {
+                _ = &mut outputs => {}
+                _ = &mut input => {
+                    let _ = stdio.write(END_OF_INPUT, &exit).await;
+                    let _ = timeout(LAST_WORDS, &mut outputs).await;
+                }
+            }
+        } else {
+            outputs.await;
+        }
         input.abort();
     }
 }

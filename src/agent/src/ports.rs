@@ -48,7 +48,9 @@ impl Ports {
         let context = || format!("listen at port {port}");
         let Some(path) = &self.path else {
             let address = VsockAddr::new(VMADDR_CID_ANY, port);
-            return VsockListener::bind(address).map(Door::Vsock).context(context);
+            return VsockListener::bind(address)
+                .map(Door::Vsock)
+                .context(context);
         };
         let mut path = path.clone().into_os_string();
         path.push(format!("_{port}"));

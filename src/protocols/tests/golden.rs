@@ -10,6 +10,7 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::fs;
 use std::path::Path;
 
@@ -33,7 +34,7 @@ struct Field {
 /// What our code makes of bytes: how the message reads, and the bytes that it writes for it.
 type Codec = fn(&[u8]) -> (String, Vec<u8>);
 
-fn codec<M: Message + PartialEq>(bytes: &[u8]) -> (String, Vec<u8>) {
+fn codec<M: Message + PartialEq + Debug>(bytes: &[u8]) -> (String, Vec<u8>) {
     let message = M::parse_from_bytes(bytes).unwrap();
     let written = message.write_to_bytes().unwrap();
     assert_eq!(M::parse_from_bytes(&written).unwrap(), message);
@@ -140,7 +141,11 @@ fn shown(field: &Field) -> Option<Vec<String>> {
         _ => return None,
     };
     let spelled = forms.into_iter().map(|form| format!("{name}: {form}"));
-    Some(spelled.collect())
+    let mut spelled: Vec<String> = spelled.collect();
+    // As one of several: `Errnoret(1)`.
+    let (first, rest) = name.split_at(1);
+    spelled.push(format!("{}{rest}({})", first.to_uppercase(), field.value));
+    Some(spelled)
 }
 
 #[test]

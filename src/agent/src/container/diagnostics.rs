@@ -23,8 +23,14 @@ const MOST: u64 = 4096;
 
 /// Where the guest has the file that the container sees as its termination log.
 pub(super) fn termination_log_of(spec: &oci::Spec) -> Option<PathBuf> {
-    let inside = spec.Annotations.get(ANNOTATION).map_or(USUAL, String::as_str);
-    let mount = spec.Mounts.iter().find(|mount| mount.destination == inside)?;
+    let inside = spec
+        .Annotations
+        .get(ANNOTATION)
+        .map_or(USUAL, String::as_str);
+    let mount = spec
+        .Mounts
+        .iter()
+        .find(|mount| mount.destination == inside)?;
     Some(PathBuf::from(&mount.source)).filter(|path| path.is_absolute())
 }
 

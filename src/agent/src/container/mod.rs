@@ -22,11 +22,11 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub(crate) use create::create;
+pub(crate) use diagnostics::termination_log;
 pub(crate) use process::Process;
 pub(crate) use requests::{
     close_stdin, exec, freeze, read, resize, signal, stats, update, wait, write_stdin,
 };
-pub(crate) use diagnostics::termination_log;
 pub(crate) use stdio::{Output, Stdio};
 
 use crate::cgroup::Cgroup;

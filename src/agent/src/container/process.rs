@@ -46,7 +46,15 @@ impl Process {
             streams,
             gate,
         } = launched;
-        if let (Some(size), Streams::Pipes { stdin, stdout, stderr }) = (pipe_size, &streams) {
+        if let (
+            Some(size),
+            Streams::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            },
+        ) = (pipe_size, &streams)
+        {
             for pipe in [stdin, stdout, stderr] {
                 fcntl_setpipe_size(pipe, size)
                     .context(|| format!("agent.container_pipe_size: {size}"))?;

@@ -104,7 +104,11 @@ fn process(input: &mut Input<'_>) -> oci::Process {
             Effective: capabilities(input),
             Inheritable: capabilities(input),
             Permitted: capabilities(input),
-            Ambient: if input.rarely(9) { capabilities(input) } else { Vec::new() },
+            Ambient: if input.rarely(9) {
+                capabilities(input)
+            } else {
+                Vec::new()
+            },
             ..oci::LinuxCapabilities::default()
         })
         .into(),
@@ -125,7 +129,15 @@ fn mount(input: &mut Input<'_>) -> oci::Mount {
         source: input.word(&["proc", "/run/x", "tmpfs"]),
         type_: input.word(&["proc", "bind", "tmpfs", "sysfs"]),
         options: input.list(4, |input| {
-            input.word(&["ro", "rbind", "nosuid", "size=1k", "rslave", "rro", "mode=1777"])
+            input.word(&[
+                "ro",
+                "rbind",
+                "nosuid",
+                "size=1k",
+                "rslave",
+                "rro",
+                "mode=1777",
+            ])
         }),
         ..oci::Mount::default()
     }
@@ -145,7 +157,9 @@ fn linux(input: &mut Input<'_>) -> oci::Linux {
     });
     let namespaces = namespaces.collect();
     let paths = |input: &mut Input<'_>| {
-        input.list(3, |input| input.word(&["/proc/kcore", "/sys/firmware", "/a/../b"]))
+        input.list(3, |input| {
+            input.word(&["/proc/kcore", "/sys/firmware", "/a/../b"])
+        })
     };
     let mut linux = oci::Linux {
         Namespaces: namespaces,
@@ -183,7 +197,12 @@ fn linux(input: &mut Input<'_>) -> oci::Linux {
 }
 
 fn seccomp(input: &mut Input<'_>) -> oci::LinuxSeccomp {
-    let actions = ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_LOG"];
+    let actions = [
+        "SCMP_ACT_ALLOW",
+        "SCMP_ACT_ERRNO",
+        "SCMP_ACT_KILL",
+        "SCMP_ACT_LOG",
+    ];
     oci::LinuxSeccomp {
         DefaultAction: input.word(&actions),
         Architectures: input.list(2, |input| {

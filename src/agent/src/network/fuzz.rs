@@ -24,7 +24,10 @@ pub fn netlink(bytes: &[u8]) {
 /// A text as everything that a request says in words.
 pub(crate) fn texts(text: &str) {
     if let Ok(octets) = address::hardware(text) {
-        assert_eq!(address::hardware(&address::hardware_text(&octets)).ok(), Some(octets));
+        assert_eq!(
+            address::hardware(&address::hardware_text(&octets)).ok(),
+            Some(octets)
+        );
     }
     if let Ok(network) = Network::parse(text) {
         let _ = network.broadcast();

@@ -38,7 +38,11 @@ fn is_format(option: &str) -> bool {
 ///
 /// UNIMPLEMENTED where the guest image has no program for it; the program's own.
 pub(super) async fn format(storage: &Storage, reaper: &Reaper) -> Result<()> {
-    if !storage.driver_options.iter().any(|option| is_format(option)) {
+    if !storage
+        .driver_options
+        .iter()
+        .any(|option| is_format(option))
+    {
         return Ok(());
     }
     let source = PathBuf::from(&storage.source);

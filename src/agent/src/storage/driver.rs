@@ -325,8 +325,13 @@ pub(super) fn give_group(storage: &Storage, mounted: &rustix::fd::OwnedFd) -> Re
     if storage.options.iter().any(|option| option == "ro") {
         return Ok(());
     }
-    let root = openat(mounted, ".", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .context(|| "open for fs_group")?;
+    let root = openat(
+        mounted,
+        ".",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .context(|| "open for fs_group")?;
     group::give(&root, group)
 }
 

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use protocols::agent::agent::Storage;
 use tracing::warn;
 
+use super::Wanted;
 use super::disk;
 use super::driver::{Mounted, named};
-use super::Wanted;
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 
@@ -135,8 +135,8 @@ impl Layers {
         add("upperdir", &upper);
         add("workdir", &work);
         let mounted = mount::filesystem("overlay", "overlay", &options)?;
-        let target = mount::create_beneath(&self.point, Target::Directory)
-            .context(|| "mount point")?;
+        let target =
+            mount::create_beneath(&self.point, Target::Directory).context(|| "mount point")?;
         mount::attach(&mounted, target.as_fd(), &MountOptions::default())
     }
 
@@ -173,7 +173,11 @@ impl Layers {
         }
         if self.folder.exists() {
             // Empty mount points; what is not empty is not removed.
-            for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            for entry in std::fs::read_dir(&self.folder)
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
                 let _ = std::fs::remove_dir(entry.path());
             }
             let _ = std::fs::remove_dir(&self.folder);
@@ -195,7 +199,9 @@ impl Layers {
 /// The folder that `{{ mount 0 }}/PATH[:...]` means, where the writable layer is at `root`.
 fn beneath(root: &Path, words: &str) -> Result<PathBuf> {
     let path = words.split(':').next().unwrap_or_default();
-    let inside = path.strip_prefix(ROOT).map(|path| Path::new(path.trim_start_matches('/')));
+    let inside = path
+        .strip_prefix(ROOT)
+        .map(|path| Path::new(path.trim_start_matches('/')));
     let plain = |path: &&Path| {
         let mut parts = path.components();
         parts.all(|part| matches!(part, Component::Normal(_)))

@@ -40,10 +40,17 @@ fn shares(text: &str) -> Vec<PathBuf> {
 
 /// Without the octal escapes of blanks.
 fn plain(point: &str) -> PathBuf {
-    let spelled = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    let spelled = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
     let path = spelled
         .iter()
-        .fold(point.to_owned(), |path, (escape, letter)| path.replace(escape, letter));
+        .fold(point.to_owned(), |path, (escape, letter)| {
+            path.replace(escape, letter)
+        });
     PathBuf::from(path)
 }
 
@@ -53,7 +60,10 @@ pub(super) fn fuzz(text: &str) {
 }
 
 fn is_stale(point: &Path) -> bool {
-    matches!(statfs(point), Err(Errno::NOTCONN | Errno::CONNABORTED | Errno::STALE))
+    matches!(
+        statfs(point),
+        Err(Errno::NOTCONN | Errno::CONNABORTED | Errno::STALE)
+    )
 }
 
 #[cfg(test)]
@@ -65,7 +75,10 @@ mod tests {
         let text = "22 1 0:20 / /proc rw - proc proc rw\n\
                     30 1 0:31 / /run/kata-containers/shared\\040x rw,nodev shared:1 - virtiofs kataShared rw\n\
                     31 1 0:32 / /tmp rw - tmpfs virtiofs rw\n";
-        assert_eq!(shares(text), [PathBuf::from("/run/kata-containers/shared x")]);
+        assert_eq!(
+            shares(text),
+            [PathBuf::from("/run/kata-containers/shared x")]
+        );
     }
 
     #[test]

@@ -18,8 +18,12 @@
 mod disks;
 mod isolation;
 mod lifecycle;
+mod methods;
 mod network;
 mod pod;
+mod ports;
 mod resources;
 mod rig;
+mod robust;
 mod streams;
+mod wire;
