@@ -8,6 +8,8 @@ pub use crate::engine::fuzz::{frames, specs};
 pub use crate::network::fuzz::netlink;
 
 use crate::cmdline::Parameters;
+use crate::container::fuzz as container;
+use crate::network::fuzz as network;
 use crate::{cgroup, forward, pci, storage};
 
 /// Bytes from the fuzzer; zeros once they are used up.
@@ -80,8 +82,8 @@ pub fn texts(bytes: &[u8]) {
     cgroup::fuzz(&text);
     storage::fuzz(&text);
     forward::fuzz(bytes);
-    crate::container::fuzz::texts(&text);
-    crate::network::fuzz::texts(&text);
+    container::texts(&text);
+    network::texts(&text);
 }
 
 /// Feeds `target` with as many inputs, the same ones every time.

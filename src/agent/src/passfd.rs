@@ -35,9 +35,12 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 /// Connections that wait for the request that names them.
 #[derive(Debug)]
 pub(crate) struct Arrivals {
-    waiting: Mutex<HashMap<u32, (Box<dyn Stream>, Instant)>>,
+    waiting: Mutex<HashMap<u32, Waiting>>,
     arrived: Notify,
 }
+
+/// A connection, and since when it waits.
+type Waiting = (Box<dyn Stream>, Instant);
 
 impl fmt::Debug for dyn Stream {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

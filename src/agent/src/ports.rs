@@ -55,9 +55,7 @@ impl Ports {
         let mut path = path.clone().into_os_string();
         path.push(format!("_{port}"));
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).context(context);
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context(context),
             _ => UnixListener::bind(&path).map(Door::Unix).context(context),
         }
     }

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use protocols::agent::agent::CgroupStats;
+#[cfg(any(test, fuzzing))]
+use protocols::agent::oci;
 use protocols::agent::oci::{Linux, LinuxResources};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use tokio::time::{sleep, timeout};
@@ -35,10 +37,7 @@ pub(crate) fn fuzz(text: &str) {
 
 /// Rules about devices, as a program for the kernel that is not loaded.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn fuzz_rules(
-    rules: &[protocols::agent::oci::LinuxDeviceCgroup],
-    nodes: &[protocols::agent::oci::LinuxDevice],
-) {
+pub(crate) fn fuzz_rules(rules: &[oci::LinuxDeviceCgroup], nodes: &[oci::LinuxDevice]) {
     devices::fuzz(rules, nodes);
 }
 

@@ -64,7 +64,6 @@ pub(crate) async fn create(
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "all that a container is made of")]
 async fn build(
     sandbox: &Arc<Sandbox>,
     request: &CreateContainerRequest,

@@ -192,7 +192,8 @@ impl Layers {
     /// The kernel's.
     pub(super) fn unmount(mut self) -> Result<()> {
         let overlay = mount::detach(&self.point);
-        overlay.and(self.unmount_disks())
+        let disks = self.unmount_disks();
+        overlay.and(disks)
     }
 }
 

@@ -787,7 +787,8 @@ impl Case<'_> {
             };
             let set = self.agent.set_ip_tables(ctx(), &set).await;
             if fs::exists(tool)? {
-                (get?, set?);
+                get?;
+                set?;
                 let now = call!(
                     self.agent,
                     get_ip_tables,
