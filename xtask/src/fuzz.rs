@@ -90,7 +90,9 @@ fn compile(folder: &Path) -> Result<PathBuf> {
 fn fuzz(folder: &Path, name: &str, program: &Path, seconds: u64) -> Result<()> {
     let corpus = folder.join("corpus").join(name);
     let artifacts = folder.join("artifacts").join(name);
-    for folder in [&corpus, &artifacts] {
+    // Where a search that has not begun yet starts; in the tree, and not written to.
+    let seeds = folder.join("seeds").join(name);
+    for folder in [&corpus, &artifacts, &seeds] {
         fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     }
     progress::run(
@@ -99,7 +101,7 @@ fn fuzz(folder: &Path, name: &str, program: &Path, seconds: u64) -> Result<()> {
             .arg(format!("-artifact_prefix={}/", artifacts.display()))
             // The bytes are a guest's choices: a short input is a guest that does little.
             .args(["-len_control=0", "-max_len=4096", "-print_final_stats=1"])
-            .arg(&corpus),
+            .args([&corpus, &seeds]),
     )
     .with_context(|| format!("fuzzing {name}; the input is in {}", artifacts.display()))
 }

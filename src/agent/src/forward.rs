@@ -86,6 +86,18 @@ async fn read_port(host: &mut (impl AsyncRead + Unpin)) -> io::Result<u16> {
     }
 }
 
+/// Any bytes as the first line of a stream.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+    let mut host = bytes;
+    // All is there, so that one poll is enough.
+    let mut context = Context::from_waker(Waker::noop());
+    let read = pin!(read_port(&mut host));
+    assert!(read.poll(&mut context).is_ready());
+}
+
 /// A server may listen for one family only; clients try IPv4 first.
 async fn connect(port: u16) -> io::Result<TcpStream> {
     match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {

@@ -49,6 +49,11 @@ impl Path {
         self.device("block")
     }
 
+    /// Whether the kernel has found a device there.
+    pub(crate) fn is_there(&self) -> bool {
+        self.folder(PathBuf::from(ROOT)).is_some()
+    }
+
     fn device(&self, class: &str) -> Option<String> {
         let device = self.folder(PathBuf::from(ROOT))?;
         let mut folders = vec![device.clone()];

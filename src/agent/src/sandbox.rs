@@ -17,6 +17,7 @@ use crate::cmdline::Parameters;
 use crate::container::{Container, no_container};
 use crate::engine::Launcher;
 use crate::error::{AgentError, Context as _, Kind, Result};
+use crate::passfd::Arrivals;
 use crate::reaper::Reaper;
 use crate::storage::{Held, Storages};
 use namespaces::SharedNamespaces;
@@ -39,6 +40,11 @@ pub(crate) struct Sandbox {
     pub(crate) storages: Storages,
     /// How long a plugged device may take to appear.
     pub(crate) hotplug_timeout: Duration,
+    /// What processes' pipes hold, where not the kernel's usual.
+    pub(crate) pipe_size: Option<usize>,
+    /// Streams that the host connects, where it may.
+    pub(crate) arrivals: Option<Arc<Arrivals>>,
+    pub(crate) reaper: Reaper,
     containers: Mutex<HashMap<String, Slot>>,
     created: Mutex<Option<Held>>,
     shared: SharedNamespaces,
@@ -55,12 +61,19 @@ enum Slot {
 }
 
 impl Sandbox {
-    pub(crate) fn new(parameters: &Parameters, reaper: Reaper) -> Self {
+    pub(crate) fn new(
+        parameters: &Parameters,
+        reaper: Reaper,
+        arrivals: Option<Arc<Arrivals>>,
+    ) -> Self {
         let (oom_sender, oom_events) = mpsc::channel(PENDING_EVENTS);
         Self {
-            launcher: Launcher::new(reaper, parameters.launch_timeout),
-            storages: Storages::new(parameters.hotplug_timeout),
+            launcher: Launcher::new(reaper.clone(), parameters.launch_timeout),
+            storages: Storages::new(parameters.hotplug_timeout, reaper.clone()),
             hotplug_timeout: parameters.hotplug_timeout,
+            pipe_size: parameters.pipe_size,
+            arrivals,
+            reaper,
             containers: Mutex::default(),
             created: Mutex::default(),
             shared: SharedNamespaces::default(),

@@ -80,6 +80,15 @@ pub(super) fn restrict(
         .context(|| "attach the device filter to the container's cgroup")
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(rules: &[LinuxDeviceCgroup], nodes: &[LinuxDevice]) {
+    let Ok(mut all) = rules.iter().map(Rule::new).collect::<Result<Vec<_>>>() else {
+        return;
+    };
+    all.extend(nodes.iter().filter_map(Rule::of_node));
+    assert!(!program(&all).is_empty());
+}
+
 impl Rule {
     fn new(rule: &LinuxDeviceCgroup) -> Result<Self> {
         let wrong = |what: &str| {

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use protocols::agent::agent::CgroupStats;
+#[cfg(any(test, fuzzing))]
+use protocols::agent::oci;
 use protocols::agent::oci::{Linux, LinuxResources};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use tokio::time::{sleep, timeout};
@@ -21,6 +23,23 @@ use tokio::time::{sleep, timeout};
 pub(crate) use events::OutOfMemory;
 
 use crate::error::{AgentError, Context as _, Kind, Result};
+
+/// A text as files of the kernel's.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(text: &str) {
+    if let Some(ranges) = cpuset::parse(text) {
+        assert_eq!(cpuset::parse(&cpuset::words(&ranges)), Some(ranges.clone()));
+        let _ = cpuset::within(&ranges, &[(1, 7)]);
+    }
+    stats::fuzz(text);
+    let _ = relative(text, "id");
+}
+
+/// Rules about devices, as a program for the kernel that is not loaded.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_rules(rules: &[oci::LinuxDeviceCgroup], nodes: &[oci::LinuxDevice]) {
+    devices::fuzz(rules, nodes);
+}
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Controllers that containers are limited by.

@@ -13,9 +13,10 @@ use tracing::{debug, warn};
 
 use super::{Container, Entry, Process, Stage};
 use crate::cgroup::{Cgroup, OutOfMemory};
-use crate::disk;
+use crate::device;
 use crate::engine::{self, ContainerPlan, Joins, Launched, Namespace};
 use crate::error::{AgentError, Context as _, Result};
+use crate::passfd::{self, Connected};
 use crate::reaper::ended;
 use crate::sandbox::{Pids, Sandbox};
 
@@ -34,7 +35,7 @@ pub(crate) async fn create(
         .OCI
         .as_mut()
         .ok_or_else(|| AgentError::invalid("OCI: missing"))?;
-    disk::resolve(&request.devices, spec, sandbox.hotplug_timeout).await?;
+    device::resolve(&request.devices, spec, sandbox.hotplug_timeout).await?;
     let (mut plan, joins) = engine::container(spec)?;
     plan.hooks.name(&request.container_id);
     let reservation = sandbox.reserve(&request.container_id)?;
@@ -45,9 +46,11 @@ pub(crate) async fn create(
     };
     let shared = sandbox.share_namespaces(&mut plan, pids).await?;
     plan.check_hostname()?;
+    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
+    let connected = passfd::take(sandbox.arrivals.as_deref(), ports).await?;
 
     let held = sandbox.storages.add(request.storages.clone()).await?;
-    let built = build(sandbox, &request, plan, pids, joins, shared).await;
+    let built = build(sandbox, &request, plan, pids, joins, shared, connected).await;
     match built {
         Ok(mut container) => {
             container.held = Mutex::new(Some(held));
@@ -69,6 +72,7 @@ async fn build(
     pids: Pids,
     joins: Joins,
     shared: Vec<OwnedFd>,
+    connected: Option<Connected>,
 ) -> Result<Container> {
     let linux = request.OCI.Linux.get_or_default();
     let mut namespaces = open_all(&joins)?;
@@ -87,7 +91,7 @@ async fn build(
     let made = async {
         let launched: Launched = launched?;
         sandbox.keep_pid_namespace(launched.pid, pids).await?;
-        Process::new(launched)
+        Process::new(launched, sandbox.pipe_size, connected)
     };
     let (process, gate) = match made.await {
         Ok(made) => made,
@@ -129,6 +133,7 @@ async fn build(
         launcher: sandbox.launcher.clone(),
         stage: Mutex::new(Stage::Created(gate)),
         held: Mutex::default(),
+        termination_log: super::diagnostics::termination_log_of(&request.OCI),
         change: tokio::sync::Mutex::default(),
         watches,
     })
@@ -143,20 +148,17 @@ fn is_pause(spec: &oci::Spec) -> bool {
         || says("io.katacontainers.pkg.oci.container_type", "pod_sandbox")
 }
 
-fn check(request: &CreateContainerRequest) -> Result<()> {
+pub(super) fn check(request: &CreateContainerRequest) -> Result<()> {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "_.-".contains(letter);
     let id = &request.container_id;
     if id.is_empty() || !id.chars().all(plain) || id.starts_with('.') {
         return Err(AgentError::invalid(format!("container_id: {id:?}")));
     }
-    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
-    if ports != [0; 3] {
-        return Err(AgentError::unsupported(
-            "stdin_port, stdout_port, stderr_port: streams are read and written by calls",
-        ));
-    }
-    if !request.shared_mounts.is_empty() {
-        return Err(AgentError::unsupported("shared_mounts is not supported"));
+    if let Some(shared) = request.shared_mounts.first() {
+        return Err(AgentError::unsupported(format!(
+            "shared_mounts: {:?}: no container sees into another's root",
+            shared.name
+        )));
     }
     Ok(())
 }

@@ -6,11 +6,15 @@
 //! ones for its tables. Signals, waits and streams never take the first.
 
 mod create;
+mod diagnostics;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod process;
 mod requests;
 mod stdio;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,11 +22,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub(crate) use create::create;
+pub(crate) use diagnostics::termination_log;
 pub(crate) use process::Process;
 pub(crate) use requests::{
     close_stdin, exec, freeze, read, resize, signal, stats, update, wait, write_stdin,
 };
-pub(crate) use stdio::Output;
+pub(crate) use stdio::{Output, Stdio};
 
 use crate::cgroup::Cgroup;
 use crate::engine::{Gate, Hooks, Launcher, ProcessPlan};
@@ -50,6 +55,8 @@ pub(crate) struct Container {
     /// Processes by exec id; the first process is under the empty one.
     processes: Mutex<HashMap<String, Entry>>,
     held: Mutex<Option<Held>>,
+    /// Where in the guest its last words to Kubernetes are.
+    termination_log: Option<PathBuf>,
     /// Held across a change of the container.
     change: tokio::sync::Mutex<()>,
     watches: Vec<JoinHandle<()>>,

@@ -3,10 +3,16 @@
 
 use std::fs;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::pipe::fcntl_setpipe_size;
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 
 use super::stdio::Stdio;
-use crate::engine::Launched;
-use crate::error::{AgentError, Result};
+use crate::engine::{Launched, Streams};
+use crate::error::{AgentError, Context as _, Result};
+use crate::passfd::{self, Connected};
 use crate::reaper::Exit;
 use crate::sys;
 
@@ -16,16 +22,23 @@ pub(crate) struct Process {
     pid: i32,
     pidfd: OwnedFd,
     pub(crate) exit: Exit,
-    pub(crate) stdio: Stdio,
+    pub(crate) stdio: Arc<Stdio>,
+    /// What carries its streams to connections of the host, where it does not ask for them.
+    carrying: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Process {
-    /// The process of a launch, and the gate that may still hold it.
+    /// The process of a launch, and the gate that may still hold it. Its pipes hold `pipe_size`
+    /// bytes, where that is given; its streams go over `connected`, where there is any.
     ///
     /// # Errors
     ///
-    /// When its streams can't be watched.
-    pub(crate) fn new(launched: Launched) -> Result<(Self, crate::engine::Gate)> {
+    /// When its streams can't be watched or have another size.
+    pub(crate) fn new(
+        launched: Launched,
+        pipe_size: Option<usize>,
+        connected: Option<Connected>,
+    ) -> Result<(Self, crate::engine::Gate)> {
         let Launched {
             pid,
             pidfd,
@@ -33,11 +46,30 @@ impl Process {
             streams,
             gate,
         } = launched;
+        if let (
+            Some(size),
+            Streams::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            },
+        ) = (pipe_size, &streams)
+        {
+            for pipe in [stdin, stdout, stderr] {
+                fcntl_setpipe_size(pipe, size)
+                    .context(|| format!("agent.container_pipe_size: {size}"))?;
+            }
+        }
+        let stdio = Arc::new(Stdio::new(streams)?);
+        let carrying = connected.map(|connected| {
+            tokio::spawn(connected.carry(Arc::clone(&stdio), exit.clone(), false))
+        });
         let process = Self {
             pid,
             pidfd,
             exit,
-            stdio: Stdio::new(streams)?,
+            stdio,
+            carrying: Mutex::new(carrying),
         };
         Ok((process, gate))
     }
@@ -53,6 +85,15 @@ impl Process {
 
     pub(crate) fn has_ended(&self) -> bool {
         self.exit.borrow().is_some()
+    }
+
+    /// Waits until what it wrote has reached the host's connections, where it has such.
+    pub(crate) async fn carried(&self) {
+        let mut carrying = self.carrying.lock().await;
+        if let Some(task) = carrying.as_mut() {
+            passfd::carried(task).await;
+        }
+        *carrying = None;
     }
 
     /// Sends `signal`.

@@ -15,6 +15,7 @@ use super::stdio::Output;
 use super::{Container, Entry, Process, Stage};
 use crate::engine;
 use crate::error::{AgentError, Kind, Result};
+use crate::passfd;
 use crate::reaper::{ExitCode, ended};
 use crate::sandbox::Sandbox;
 
@@ -24,11 +25,6 @@ use crate::sandbox::Sandbox;
 ///
 /// An exec id that is taken, a container that does not run, or the first step that failed.
 pub(crate) async fn exec(sandbox: &Sandbox, request: ExecProcessRequest) -> Result<()> {
-    if [request.stdin_port, request.stdout_port, request.stderr_port] != [0; 3] {
-        return Err(AgentError::unsupported(
-            "stdin_port, stdout_port, stderr_port: streams are read and written by calls",
-        ));
-    }
     let container = sandbox.container(&request.container_id)?;
     let process = request
         .process
@@ -37,11 +33,13 @@ pub(crate) async fn exec(sandbox: &Sandbox, request: ExecProcessRequest) -> Resu
     let plan = engine::process(process, Some(&container.plan))?;
     container.takes_execs()?;
     let place = Place::take(&container, &request.exec_id)?;
+    let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
+    let connected = passfd::take(sandbox.arrivals.as_deref(), ports).await?;
     let launched = sandbox
         .launcher
         .exec(plan, container.cgroup.as_fd(), container.init.pidfd())
         .await?;
-    let (process, gate) = Process::new(launched)?;
+    let (process, gate) = Process::new(launched, sandbox.pipe_size, connected)?;
     gate.executed().await?;
     place.fill(process);
     Ok(())
@@ -138,6 +136,7 @@ pub(crate) async fn wait(sandbox: &Sandbox, request: &WaitProcessRequest) -> Res
         return Err(container.no_process(&request.exec_id));
     }
     let end = ended(&process.exit).await;
+    process.carried().await;
     container.waited(exec_id);
     Ok(end.code)
 }
@@ -186,7 +185,7 @@ pub(crate) fn stats(
 }
 
 /// Lines such as `  eth0: 10 1 0 0 0 0 0 0 20 2 0 0 0 0 0 0`; loopback is nobody's traffic.
-fn network(text: &str) -> Vec<NetworkStats> {
+pub(super) fn network(text: &str) -> Vec<NetworkStats> {
     text.lines()
         .filter_map(|line| line.split_once(':'))
         .filter(|(name, _)| name.trim() != "lo")

@@ -17,6 +17,8 @@ mod capabilities;
 mod channel;
 mod command;
 mod devices;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod helper;
 mod hooks;
 mod launch;

@@ -35,6 +35,20 @@ pub(super) struct Link {
     flags: u32,
 }
 
+#[cfg(any(test, fuzzing))]
+impl Link {
+    /// One that is only a name.
+    pub(super) fn named(name: &str) -> Self {
+        Self {
+            index: 1,
+            name: name.to_owned(),
+            hardware: Vec::new(),
+            mtu: 0,
+            flags: 0,
+        }
+    }
+}
+
 /// What the runtime asks for, checked.
 #[derive(Debug)]
 struct Wanted {
@@ -286,25 +300,40 @@ pub(super) fn links(netlink: &Netlink) -> Result<Vec<Link>> {
     let messages = netlink
         .list(&Message::new(libc::RTM_GETLINK, &[0; LINK]))
         .context(|| "list interfaces")?;
-    let links = messages.iter().filter_map(|message| {
-        let name = message.attribute(LINK, libc::IFLA_IFNAME)?;
-        Some(Link {
-            index: message.number(4),
-            name: String::from_utf8_lossy(name)
-                .trim_end_matches('\0')
-                .to_owned(),
-            hardware: message
-                .attribute(LINK, libc::IFLA_ADDRESS)
-                .unwrap_or_default()
-                .to_vec(),
-            mtu: message
-                .attribute(LINK, libc::IFLA_MTU)
-                .and_then(number)
-                .unwrap_or(0),
-            flags: message.number(8),
-        })
-    });
-    Ok(links.collect())
+    Ok(messages.iter().filter_map(link).collect())
+}
+
+fn link(message: &Message) -> Option<Link> {
+    let name = message.attribute(LINK, libc::IFLA_IFNAME)?;
+    Some(Link {
+        index: message.number(4),
+        name: String::from_utf8_lossy(name)
+            .trim_end_matches('\0')
+            .to_owned(),
+        hardware: message
+            .attribute(LINK, libc::IFLA_ADDRESS)
+            .unwrap_or_default()
+            .to_vec(),
+        mtu: message
+            .attribute(LINK, libc::IFLA_MTU)
+            .and_then(number)
+            .unwrap_or(0),
+        flags: message.number(8),
+    })
+}
+
+/// A message of the kernel's as an interface and as an address.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(kind: u16, body: &[u8]) {
+    let message = Message::received(kind, body);
+    let _ = link(&message);
+    let _ = network(&message);
+}
+
+/// A request that is checked, with nothing done.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz_request(interface: &Interface) {
+    let _ = Wanted::new(interface).map(|wanted| wanted.place.words());
 }
 
 fn addresses_of(netlink: &Netlink, index: u32) -> Result<Vec<Message>> {

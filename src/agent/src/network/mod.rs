@@ -5,6 +5,8 @@
 //! without another look for duplicates (DAD).
 
 mod address;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod interface;
 mod neighbour;
 mod netlink;

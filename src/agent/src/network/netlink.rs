@@ -142,6 +142,15 @@ impl Message {
         }
     }
 
+    /// A message of the kernel's, whatever it holds.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn received(kind: u16, body: &[u8]) -> Self {
+        Self {
+            kind,
+            body: body.to_vec(),
+        }
+    }
+
     /// The same object in a message of another type.
     pub(super) fn with_kind(mut self, kind: u16) -> Self {
         self.kind = kind;
@@ -200,7 +209,7 @@ pub(super) fn number(value: &[u8]) -> Option<u32> {
 }
 
 /// Messages of a datagram: type, flags, body.
-fn split(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, &[u8])> {
+pub(super) fn split(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(bytes, 0)?).ok()?;
         let (kind, flags) = (u16_at(bytes, 4)?, u16_at(bytes, 6)?);

@@ -241,6 +241,19 @@ fn describe(message: &Message, links: &[Link]) -> Route {
     }
 }
 
+/// A message of the kernel's as a route.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(kind: u16, body: &[u8]) {
+    let _ = words(&describe(&Message::received(kind, body), &[]));
+}
+
+/// A request that is checked, and the message for it, which is not sent.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz_request(route: &Route) {
+    let links = [Link::named("lo")];
+    let _ = Wanted::new(route, &links).map(|wanted| wanted.message());
+}
+
 /// A route as `ip` writes it.
 fn words(route: &Route) -> String {
     let destination = match route.dest.as_str() {

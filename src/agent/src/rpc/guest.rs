@@ -13,7 +13,7 @@ use protocols::agent::agent::{
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::time::{Instant, sleep};
 
-use crate::disk;
+use crate::device;
 use crate::error::{AgentError, Context as _, Result};
 use crate::storage;
 use crate::sys;
@@ -37,8 +37,8 @@ pub(super) fn details(request: &GuestDetailsRequest) -> Result<GuestDetailsRespo
     response.agent_details = Some(AgentDetails {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         init_daemon: rustix::process::getpid().is_init(),
-        device_handlers: disk::DEVICE_TYPES.map(str::to_owned).to_vec(),
-        storage_handlers: storage::DRIVERS.map(str::to_owned).to_vec(),
+        device_handlers: device::types().map(str::to_owned).collect(),
+        storage_handlers: storage::drivers().map(str::to_owned).collect(),
         supports_seccomp: true,
         ..AgentDetails::default()
     })

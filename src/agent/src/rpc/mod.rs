@@ -4,6 +4,7 @@
 mod files;
 mod guest;
 mod health;
+mod iptables;
 mod metrics;
 mod readiness;
 mod service;

@@ -29,11 +29,12 @@ use protocols::agent::types::Interface;
 use tokio::task::spawn_blocking;
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{files, guest, metrics};
+use super::{files, guest, iptables, metrics};
 use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
 use crate::network;
 use crate::sandbox::Sandbox;
+use crate::storage;
 
 /// The service of one sandbox.
 #[derive(Debug)]
@@ -195,15 +196,21 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         _: RemoveStaleVirtiofsShareMountsRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("replacing a virtio-fs server")
+        blocking(storage::remove_stale).await?;
+        Ok(Empty::new())
     }
 
     async fn get_diagnostic_data(
         &self,
         _: &TtrpcContext,
-        _: GetDiagnosticDataRequest,
+        request: GetDiagnosticDataRequest,
     ) -> ttrpc::Result<GetDiagnosticDataResponse> {
-        unimplemented("diagnostic data")
+        let sandbox = self.sandbox();
+        let data = blocking(move || container::termination_log(&sandbox, &request)).await?;
+        Ok(GetDiagnosticDataResponse {
+            data,
+            ..Default::default()
+        })
     }
 
     async fn write_stdin(
@@ -312,17 +319,27 @@ impl AgentService for Agent {
     async fn get_ip_tables(
         &self,
         _: &TtrpcContext,
-        _: GetIPTablesRequest,
+        request: GetIPTablesRequest,
     ) -> ttrpc::Result<GetIPTablesResponse> {
-        unimplemented("the guest image has no iptables")
+        let sandbox = self.sandbox();
+        let data = finish(async move { iptables::get(&sandbox.reaper, request.is_ipv6).await });
+        Ok(GetIPTablesResponse {
+            data: data.await?,
+            ..Default::default()
+        })
     }
 
     async fn set_ip_tables(
         &self,
         _: &TtrpcContext,
-        _: SetIPTablesRequest,
+        request: SetIPTablesRequest,
     ) -> ttrpc::Result<SetIPTablesResponse> {
-        unimplemented("the guest image has no iptables")
+        let sandbox = self.sandbox();
+        let data = finish(async move { iptables::set(&sandbox.reaper, &request).await });
+        Ok(SetIPTablesResponse {
+            data: data.await?,
+            ..Default::default()
+        })
     }
 
     async fn get_metrics(&self, _: &TtrpcContext, _: GetMetricsRequest) -> ttrpc::Result<Metrics> {
@@ -429,11 +446,11 @@ impl AgentService for Agent {
     }
 
     async fn add_swap(&self, _: &TtrpcContext, _: AddSwapRequest) -> ttrpc::Result<Empty> {
-        unimplemented("swap devices")
+        unimplemented("the guest kernel has no swap")
     }
 
     async fn add_swap_path(&self, _: &TtrpcContext, _: AddSwapPathRequest) -> ttrpc::Result<Empty> {
-        unimplemented("swap devices")
+        unimplemented("the guest kernel has no swap")
     }
 
     async fn get_volume_stats(
@@ -449,7 +466,7 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         _: ResizeVolumeRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("resizing of volumes")
+        unimplemented("a volume of the guest is as large as what it is on")
     }
 
     async fn set_policy(&self, _: &TtrpcContext, _: SetPolicyRequest) -> ttrpc::Result<Empty> {

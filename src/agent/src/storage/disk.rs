@@ -1,30 +1,85 @@
 // SPDX-License-Identifier: Apache-2.0
 //! File systems on disks.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use protocols::agent::agent::Storage;
-use rustix::fs::{Mode, OFlags, open, openat, syncfs};
+use rustix::fs::{Mode, OFlags, open, syncfs};
 use rustix::io::Errno;
 
-use super::driver::{Mounted, target};
-use super::group;
+use super::driver::{Mounted, give_group, target};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
+use crate::reaper::Reaper;
+use crate::tool;
 
-/// The driver whose source is a disk.
-pub(super) const DRIVER: &str = "blk";
+/// Driver option: a disk on which nothing is yet gets a file system.
+const FORMAT: &str = "create_filesystem";
+/// Every file system that this guest knows has something in here.
+const BLANK: usize = 128 << 10;
 /// How long the kernel may take to be done with an unmounted disk.
 const LET_GO: Duration = Duration::from_secs(5);
 /// No event tells that it is.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
+fn is_format(option: &str) -> bool {
+    matches!(option.strip_prefix(FORMAT), Some("" | "=true"))
+}
+
+/// Puts a file system on the disk whose node is `source`, where that is asked for and the disk is
+/// blank. A disk that has something on it keeps that.
+///
+/// # Errors
+///
+/// UNIMPLEMENTED where the guest image has no program for it; the program's own.
+pub(super) async fn format(storage: &Storage, reaper: &Reaper) -> Result<()> {
+    if !storage
+        .driver_options
+        .iter()
+        .any(|option| is_format(option))
+    {
+        return Ok(());
+    }
+    let source = PathBuf::from(&storage.source);
+    if !super::blocking(move || is_blank(&source)).await? {
+        return Ok(());
+    }
+    let options: &[&str] = match storage.fstype.as_str() {
+        "ext2" | "ext3" | "ext4" => &["-q", "-F"],
+        "xfs" | "btrfs" => &["-q", "-f"],
+        other => {
+            return Err(AgentError::unsupported(format!(
+                "{FORMAT}: file systems of type {other:?} are not made here"
+            )));
+        }
+    };
+    let name = format!("mkfs.{}", storage.fstype);
+    let program = tool::find(&name).ok_or_else(|| {
+        AgentError::unsupported(format!("{FORMAT}: the guest image has no {name}"))
+    })?;
+    let mut arguments = options.to_vec();
+    arguments.push(&storage.source);
+    tool::run(reaper, &program, &arguments, b"").await.map(drop)
+}
+
+fn is_blank(disk: &Path) -> Result<bool> {
+    let context = || format!("read {disk:?}");
+    let mut start = Vec::with_capacity(BLANK);
+    let limit = u64::try_from(BLANK).unwrap_or(u64::MAX);
+    let file = File::open(disk).context(context)?;
+    file.take(limit).read_to_end(&mut start).context(context)?;
+    Ok(start.iter().all(|byte| *byte == 0))
+}
+
 /// A file system on the disk whose node is `source`.
 pub(super) fn mount(storage: &Storage) -> Result<Mounted> {
-    if let Some(option) = storage.driver_options.first() {
+    let unknown = |option: &&String| !is_format(option);
+    if let Some(option) = storage.driver_options.iter().find(unknown) {
         return Err(AgentError::unsupported(format!("driver option {option:?}")));
     }
     if storage.fstype.is_empty() {
@@ -37,13 +92,7 @@ pub(super) fn mount(storage: &Storage) -> Result<Mounted> {
         options.parameters.push(("ro".to_owned(), None));
     }
     let mounted = mount::filesystem(&storage.fstype, &storage.source, &options)?;
-    if let Some(group) = storage.fs_group.as_ref()
-        && !read_only
-    {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = openat(&mounted, ".", flags, Mode::empty()).context(|| "open")?;
-        group::give(&root, group)?;
-    }
+    give_group(storage, &mounted)?;
     let target = target(storage, Target::Directory)?;
     mount::attach(&mounted, target.as_fd(), &options)?;
     Ok(Mounted::Disk {
@@ -76,6 +125,33 @@ pub(super) fn unmount(point: &Path, device: &Path) -> Result<()> {
                     .map(drop)
                     .context(|| format!("await the end of {device:?}"));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_blank_is_formatted() {
+        let place = tempfile::tempdir().unwrap();
+        let disk = place.path().join("disk");
+        fs::write(&disk, vec![0; BLANK + 1]).unwrap();
+        assert!(is_blank(&disk).unwrap());
+        let mut content = vec![0; BLANK + 1];
+        content[0x438] = 0x53;
+        fs::write(&disk, &content).unwrap();
+        assert!(!is_blank(&disk).unwrap());
+        for (option, asks) in [
+            ("create_filesystem", true),
+            ("create_filesystem=true", true),
+            ("create_filesystems", false),
+            ("encryption_key=ephemeral", false),
+        ] {
+            assert_eq!(is_format(option), asks, "{option}");
         }
     }
 }

@@ -6,26 +6,30 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocols::agent::agent::Storage;
-use rustix::fs::{CWD, Mode, OFlags, fchmod, fchown, openat2};
+use rustix::fs::{CWD, Mode, OFlags, fchmod, fchown, openat, openat2};
 use rustix::fs::{Gid, ResolveFlags};
 use tracing::warn;
 
-use super::disk;
 use super::huge::HugePages;
+use super::layers::{self, Layers};
 use super::watched::{self, Refusal, Watched};
+use super::{disk, group};
+use crate::disk::Transport;
 use crate::error::{AgentError, Context as _, Kind, Result};
 use crate::mount::{self, MountOptions, Target};
 
-/// Drivers of this agent, as AgentDetails lists them.
-pub(crate) const DRIVERS: [&str; 7] = [
-    "virtio-fs",
-    disk::DRIVER,
-    "ephemeral",
-    "local",
-    "bind",
-    "overlayfs",
-    "watchable-bind",
-];
+const VIRTIO_FS: &str = "virtio-fs";
+/// Drivers that need no device.
+const ALWAYS: [&str; 5] = ["ephemeral", "local", "bind", "overlayfs", "watchable-bind"];
+
+/// Drivers of this guest, as AgentDetails lists them.
+pub(crate) fn drivers() -> impl Iterator<Item = &'static str> {
+    let disks = Transport::ALL.into_iter();
+    [VIRTIO_FS, layers::DRIVER]
+        .into_iter()
+        .chain(ALWAYS)
+        .chain(disks.filter(|disk| disk.is_there()).map(Transport::name))
+}
 
 /// Driver option of `overlayfs`: a folder to make before mounting.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory=";
@@ -41,6 +45,8 @@ pub(crate) enum Mounted {
     Mount(PathBuf),
     /// A file system on a disk is mounted there.
     Disk { point: PathBuf, device: PathBuf },
+    /// An overlay of file systems on disks.
+    Layers(Layers),
     /// A folder, whose content belongs to its file system.
     Folder,
     /// A copy of a folder is mounted there.
@@ -57,6 +63,7 @@ impl Mounted {
         match self {
             Self::Mount(path) => mount::detach(&path),
             Self::Disk { point, device } => disk::unmount(&point, &device),
+            Self::Layers(layers) => layers.unmount(),
             Self::Folder => Ok(()),
             Self::Copy(path, copy) => mount::detach(&path).and_then(|()| copy.remove()),
             Self::Huge(path, pages) => mount::detach(&path).and_then(|()| pages.give_back()),
@@ -78,8 +85,8 @@ pub(crate) fn mount(storage: &Storage) -> Result<Mounted> {
         )));
     }
     let done = match storage.driver.as_str() {
-        "virtio-fs" => filesystem(storage, "virtiofs", &storage.options),
-        disk::DRIVER => disk::mount(storage),
+        VIRTIO_FS => filesystem(storage, "virtiofs", &storage.options),
+        disk if Transport::named(disk).is_some() => disk::mount(storage),
         "ephemeral" => ephemeral(storage),
         "local" => local(storage),
         "bind" => bind(storage),
@@ -104,7 +111,6 @@ pub(super) fn named(storage: &Storage, error: &AgentError) -> AgentError {
 }
 
 fn filesystem(storage: &Storage, default_type: &str, options: &[String]) -> Result<Mounted> {
-    refuse_group(storage)?;
     let kind = match storage.fstype.as_str() {
         "" => default_type,
         kind => kind,
@@ -114,6 +120,7 @@ fn filesystem(storage: &Storage, default_type: &str, options: &[String]) -> Resu
 
 fn attach(storage: &Storage, kind: &str, options: &MountOptions) -> Result<Mounted> {
     let mounted = mount::filesystem(kind, &storage.source, options)?;
+    give_group(storage, &mounted)?;
     let target = target(storage, Target::Directory)?;
     mount::attach(&mounted, target.as_fd(), options)?;
     Ok(Mounted::Mount(PathBuf::from(&storage.mount_point)))
@@ -244,10 +251,10 @@ fn local(storage: &Storage) -> Result<Mounted> {
 }
 
 fn bind(storage: &Storage) -> Result<Mounted> {
-    refuse_group(storage)?;
     let source = Path::new(&storage.source);
     let options = MountOptions::parse(&storage.options)?;
     let mounted = mount::bind(source, &options)?;
+    give_group(storage, &mounted)?;
     let kind = if source.is_dir() {
         Target::Directory
     } else {
@@ -259,7 +266,6 @@ fn bind(storage: &Storage) -> Result<Mounted> {
 }
 
 fn overlay(storage: &Storage) -> Result<Mounted> {
-    refuse_group(storage)?;
     for option in &storage.driver_options {
         let Some(folder) = option.strip_prefix(CREATE_DIRECTORY) else {
             return Err(AgentError::unsupported(format!("driver option {option:?}")));
@@ -300,15 +306,33 @@ fn take_group(storage: &Storage) -> Result<(Option<Gid>, Vec<String>)> {
     Ok((group, options))
 }
 
-/// Who owns what is in them is for whoever made it to say.
+/// A copy follows its folder, in whose owner too.
 fn refuse_group(storage: &Storage) -> Result<()> {
     if storage.fs_group.is_some() {
         return Err(AgentError::new(
             Kind::Unsupported,
-            "fs_group is not supported",
+            "fs_group: a copy of a folder has the folder's groups",
         ));
     }
     Ok(())
+}
+
+/// Gives what is mounted to the group that the storage names, unless it may not be written.
+pub(super) fn give_group(storage: &Storage, mounted: &rustix::fd::OwnedFd) -> Result<()> {
+    let Some(group) = storage.fs_group.as_ref() else {
+        return Ok(());
+    };
+    if storage.options.iter().any(|option| option == "ro") {
+        return Ok(());
+    }
+    let root = openat(
+        mounted,
+        ".",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .context(|| "open for fs_group")?;
+    group::give(&root, group)
 }
 
 fn give_to(folder: &rustix::fd::OwnedFd, group: Gid, mode: u32) -> Result<()> {

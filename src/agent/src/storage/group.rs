@@ -26,6 +26,14 @@ const FILE: u32 = 0o660;
 pub(super) fn give(root: &OwnedFd, group: &FSGroup) -> Result<()> {
     let gid = group.group_id;
     let is = fstat(root).context(|| "look at the root")?;
+    if FileType::from_raw_mode(is.st_mode) != FileType::Directory {
+        let gid = Gid::from_raw(gid);
+        let give = || {
+            fchown(root, None, Some(gid))?;
+            fchmod(root, Mode::from_raw_mode(is.st_mode & 0o7777 | FILE))
+        };
+        return give().context(|| format!("give it to group {gid}"));
+    }
     let policy = group.group_change_policy.enum_value_or_default();
     let belongs = is.st_gid == gid && is.st_mode & FOLDER == FOLDER;
     if policy == FSGroupChangePolicy::OnRootMismatch && belongs {

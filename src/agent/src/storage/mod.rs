@@ -7,6 +7,8 @@ mod disk;
 mod driver;
 mod group;
 mod huge;
+mod layers;
+mod stale;
 mod watched;
 
 use std::collections::HashMap;
@@ -18,17 +20,20 @@ use protocols::agent::agent::Storage;
 use tokio::task::spawn_blocking;
 use tracing::warn;
 
-pub(crate) use driver::DRIVERS;
 use driver::Mounted;
+pub(crate) use driver::drivers;
+pub(crate) use stale::remove as remove_stale;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Transport};
 use crate::error::{AgentError, Kind, Result};
+use crate::reaper::Reaper;
 
 /// All storages of the sandbox.
 #[derive(Debug)]
 pub(crate) struct Storages {
     /// How long a plugged disk may take to appear.
     patience: Duration,
+    reaper: Reaper,
     points: Mutex<HashMap<PathBuf, Arc<Point>>>,
 }
 
@@ -43,14 +48,39 @@ struct Users {
     storage: Option<Mounted>,
 }
 
+/// What is mounted as one.
+#[derive(Debug)]
+enum Wanted {
+    One(Storage),
+    /// The writable one first.
+    Layers(Vec<Storage>),
+}
+
+impl Wanted {
+    fn mount_point(&self) -> &str {
+        match self {
+            Self::One(storage) => &storage.mount_point,
+            Self::Layers(storages) => storages.first().map_or("", |first| &first.mount_point),
+        }
+    }
+
+    fn is_shared(&self) -> bool {
+        match self {
+            Self::One(storage) => storage.shared,
+            Self::Layers(storages) => storages.first().is_some_and(|first| first.shared),
+        }
+    }
+}
+
 /// Storages that one container uses, in the order of their mounting.
 #[derive(Debug, Default)]
 pub(crate) struct Held(Vec<PathBuf>);
 
 impl Storages {
-    pub(crate) fn new(patience: Duration) -> Self {
+    pub(crate) fn new(patience: Duration, reaper: Reaper) -> Self {
         Self {
             patience,
+            reaper,
             points: Mutex::default(),
         }
     }
@@ -62,9 +92,9 @@ impl Storages {
     /// The first storage that can't be mounted, by name.
     pub(crate) async fn add(&self, wanted: Vec<Storage>) -> Result<Held> {
         let mut held = Held::default();
-        for storage in wanted {
-            let path = PathBuf::from(&storage.mount_point);
-            match self.add_one(path.clone(), storage).await {
+        for wanted in layers::group(wanted)? {
+            let path = PathBuf::from(wanted.mount_point());
+            match self.add_one(path.clone(), wanted).await {
                 Ok(()) => held.0.push(path),
                 Err(error) => {
                     self.remove(held).await;
@@ -75,18 +105,31 @@ impl Storages {
         Ok(held)
     }
 
-    async fn add_one(&self, path: PathBuf, mut storage: Storage) -> Result<()> {
+    async fn add_one(&self, path: PathBuf, wanted: Wanted) -> Result<()> {
         let point = self.point(&path);
         let mut users = point.lock().await;
-        let shared = storage.shared;
+        let shared = wanted.is_shared();
         if users.storage.is_none() {
-            if storage.driver == disk::DRIVER {
-                let found = Disk::await_at(&storage.source, self.patience).await;
-                let found = found.map_err(|error| driver::named(&storage, &error))?;
-                storage.source = found.path.display().to_string();
+            let mounted = match wanted {
+                Wanted::One(mut storage) => {
+                    self.find_disk(&mut storage).await?;
+                    blocking(move || driver::mount(&storage)).await
+                }
+                Wanted::Layers(mut storages) => {
+                    for storage in &mut storages {
+                        self.find_disk(storage).await?;
+                    }
+                    blocking(move || layers::mount(&storages)).await
+                }
+            };
+            match mounted {
+                Ok(mounted) => users.storage = Some(mounted),
+                Err(error) => {
+                    drop(users);
+                    self.forget(&path, &point);
+                    return Err(error);
+                }
             }
-            let mounted = blocking(move || driver::mount(&storage)).await?;
-            users.storage = Some(mounted);
         }
         users.count = users.count.saturating_add(1);
         if shared && !users.kept {
@@ -94,6 +137,27 @@ impl Storages {
             users.count = users.count.saturating_add(1);
         }
         Ok(())
+    }
+
+    /// Puts the node of a storage's disk, once it is there and has a file system, in place of what
+    /// says where it is.
+    async fn find_disk(&self, storage: &mut Storage) -> Result<()> {
+        let transport = match storage.driver.as_str() {
+            // The disks of layers are named by their nodes or as virtio's.
+            layers::DRIVER => Transport::Pci,
+            other => match Transport::named(other) {
+                Some(transport) => transport,
+                None => return Ok(()),
+            },
+        };
+        let named = |storage: &Storage, error| driver::named(storage, &error);
+        let found = Disk::await_at(transport, &storage.source, self.patience).await;
+        storage.source = match found {
+            Ok(disk) => disk.path.display().to_string(),
+            Err(error) => return Err(named(storage, error)),
+        };
+        let formatted = disk::format(storage, &self.reaper).await;
+        formatted.map_err(|error| named(storage, error))
     }
 
     /// UpdateEphemeralMounts: an ephemeral storage gets other options, such as a size; a copy of a
@@ -172,6 +236,29 @@ impl Storages {
         let mut points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(points.entry(path.to_owned()).or_default())
     }
+}
+
+/// A text as sizes and files of the kernel's.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(text: &str) {
+    huge::fuzz(text);
+    stale::fuzz(text);
+}
+
+/// Storages of a request, checked with nothing mounted.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz_request(storages: Vec<Storage>) {
+    for storage in &storages {
+        let _ = crate::mount::MountOptions::parse(&storage.options);
+        if let Some(transport) = Transport::named(&storage.driver) {
+            let _ = transport.place(&storage.source);
+        }
+    }
+    let _ = layers::group(storages).map(|wanted| {
+        wanted
+            .iter()
+            .all(|wanted| wanted.is_shared() && wanted.mount_point().is_empty())
+    });
 }
 
 /// Runs mount work, which may wait for a device, away from the event loop.

@@ -154,7 +154,10 @@ async fn a_disk_is_a_device_node_with_the_guest_s_number() -> Result<()> {
 
     let details = GuestDetailsRequest::default();
     let details = rig.agent.get_guest_details(ctx(), &details).await?;
-    assert_eq!(details.agent_details.device_handlers, ["blk"]);
+    assert_eq!(
+        details.agent_details.device_handlers[..2],
+        ["blk", "mmioblk"]
+    );
     assert!(
         details
             .agent_details
@@ -192,5 +195,121 @@ async fn a_disk_that_is_wrong_is_refused_by_name() -> Result<()> {
         assert!(!disk.is_in_use(), "after {word}");
     }
     assert!(Path::new(&disk.node).exists());
+    Ok(())
+}
+
+#[tokio::test]
+async fn read_only_layers_and_a_writable_one_are_one_root() -> Result<()> {
+    let rig = Rig::new().await?;
+    let (upper, below, above) = (Disk::new()?, Disk::new()?, Disk::new()?);
+    for (disk, files) in [(&below, ["a", "b"]), (&above, ["b", "c"])] {
+        let point = tempfile::tempdir()?;
+        run(Command::new("mount").arg(&disk.node).arg(point.path()))?;
+        for file in files {
+            fs::write(point.path().join(file), disk.name())?;
+        }
+        run(Command::new("umount").arg(point.path()))?;
+    }
+    let root = "/run/kata-containers/shared/containers/passthrough/layered/rootfs";
+    let layer = |disk: &Disk, options: &[&str]| Storage {
+        driver: "erofs.multi-layer".to_owned(),
+        source: disk.name(),
+        fstype: "ext4".to_owned(),
+        options: texts(options),
+        mount_point: root.to_owned(),
+        ..Storage::default()
+    };
+    let layers = vec![
+        layer(
+            &upper,
+            &[
+                "X-kata.overlay-upper",
+                "X-kata.multi-layer=true",
+                "X-kata.mkdir.path={{ mount 0 }}/upper/made",
+            ],
+        ),
+        layer(&above, &["X-kata.overlay-lower", "ro"]),
+        layer(&below, &["X-kata.overlay-lower", "ro"]),
+    ];
+    let script = "cat /data/a /data/b; ls /data; echo new > /data/a; cat /data/a";
+    let mut spec = rig.spec("layered", &["sh", "-c", script])?;
+    spec.Mounts.push(mount("/data", "bind", root, &["rbind"]));
+    let mut wanted = request("layered", spec.clone());
+    wanted.storages = layers.clone();
+    rig.agent.create_container(ctx(), &wanted).await?;
+    rig.start("layered").await?;
+    let outcome = rig.outcome("layered", "").await?;
+    let expected = format!(
+        "{}{}a\nb\nc\nlost+found\nmade\nnew\n",
+        below.name(),
+        above.name()
+    );
+    assert_eq!(outcome.stdout, expected, "{outcome:?}");
+    rig.remove("layered").await?;
+    for disk in [&upper, &below, &above] {
+        assert!(!disk.is_in_use(), "{}", disk.name());
+    }
+    // One that can't be mounted takes the others with it.
+    let mut wanted = request("broken", spec);
+    wanted.storages = layers;
+    wanted.storages[2].fstype = "xfs".to_owned();
+    let (_, message) = refusal(rig.agent.create_container(ctx(), &wanted).await);
+    assert!(message.contains(&below.name()), "{message}");
+    assert!(!upper.is_in_use() && !above.is_in_use());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_blank_disk_is_formatted_where_that_is_asked_for_and_no_other() -> Result<()> {
+    let rig = Rig::new().await?;
+    let disk = Disk::new()?;
+    let blank = vec![0; 1 << 20];
+    fs::write(&disk.node, &blank)?;
+    let mut storage = storage(&disk.name(), &[]);
+    storage.driver_options = texts(&["create_filesystem"]);
+    for (id, script) in [("one", "echo kept > /data/file"), ("two", "cat /data/file")] {
+        let mut spec = rig.spec(id, &["sh", "-c", script])?;
+        spec.Mounts
+            .push(mount("/data", "bind", &storage.mount_point, &["rbind"]));
+        let mut wanted = request(id, spec);
+        wanted.storages = vec![storage.clone()];
+        rig.agent.create_container(ctx(), &wanted).await?;
+        rig.start(id).await?;
+        let outcome = rig.outcome(id, "").await?;
+        assert_eq!(outcome.status, 0, "{outcome:?}");
+        assert_eq!(outcome.stdout == "kept\n", id == "two", "{outcome:?}");
+        rig.remove(id).await?;
+    }
+    fs::write(&disk.node, &blank)?;
+    storage.fstype = "minix".to_owned();
+    let mut wanted = request("three", rig.spec("three", &["true"])?);
+    wanted.storages = vec![storage];
+    let (code, message) = refusal(rig.agent.create_container(ctx(), &wanted).await);
+    assert_eq!((code, message.contains("minix")), (12, true), "{message}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn devices_of_other_kinds_are_refused_with_the_reason() -> Result<()> {
+    let rig = Rig::new().await?;
+    for (type_, code, word) in [
+        ("vfio-pci", 12, "VFIO"),
+        ("blk-ccw", 12, "this machine"),
+        ("vfio-ap", 12, "this machine"),
+        ("floppy", 12, "floppy"),
+        ("vfio-pci-gk", 3, "PCI path"),
+        ("mmioblk", 3, "/dev"),
+    ] {
+        let mut wanted = request("a", rig.spec("a", &["true"])?);
+        wanted.devices = vec![Device {
+            id: "x".to_owned(),
+            type_: type_.to_owned(),
+            container_path: "/dev/x".to_owned(),
+            ..Device::default()
+        }];
+        let (is, message) = refusal(rig.agent.create_container(ctx(), &wanted).await);
+        assert!(message.contains(word), "{type_}: {message}");
+        assert_eq!(is, code, "{message}");
+    }
     Ok(())
 }

@@ -74,8 +74,20 @@ impl Rig {
         Ok(rig)
     }
 
+    /// Starts an agent with kernel parameters, and creates a sandbox in it.
+    pub async fn with(parameters: &str) -> Result<Self> {
+        let rig = Self::boot(parameters).await?;
+        let request = CreateSandboxRequest::default();
+        rig.agent.create_sandbox(ctx(), &request).await?;
+        Ok(rig)
+    }
+
     /// Starts an agent.
     pub async fn bare() -> Result<Self> {
+        Self::boot("").await
+    }
+
+    async fn boot(parameters: &str) -> Result<Self> {
         ensure!(
             rustix::process::geteuid().is_root(),
             "component tests need root"
@@ -107,6 +119,7 @@ impl Rig {
             .env("CGROUP", &cgroup)
             .env("ROOT", root.path())
             .env("SCRIPT", SCRIPT)
+            .env("KATA_AGENT_PARAMETERS", parameters)
             .stdin(Stdio::null());
         if let Ok(level) = std::env::var("AGENT_LOG") {
             command.env("KATA_AGENT_LOG_LEVEL", level);
@@ -340,6 +353,22 @@ impl Rig {
         self.process.cgroup.join(name)
     }
 
+    /// The agent's root folder.
+    pub fn path(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// How many descriptors the agent has open.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()?))?.count())
+    }
+
+    /// How many children the agent has.
+    pub fn children(&self) -> Result<usize> {
+        let path = format!("/proc/{0}/task/{0}/children", self.pid()?);
+        Ok(fs::read_to_string(path)?.split_whitespace().count())
+    }
+
     /// The agent's pid as the host sees it.
     pub fn pid(&self) -> Result<u32> {
         let path = format!("/proc/{0}/task/{0}/children", self.process.process.id());
@@ -378,7 +407,7 @@ fn delegate(cgroup: &Path) -> Result<()> {
         let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{name}"));
     }
     ensure!(
-        cgroup.join("memory.max").exists(),
+        std::env::var_os("RIG_ANY").is_some() || cgroup.join("memory.max").exists(),
         "no memory controller for {cgroup:?}"
     );
     Ok(())
