@@ -105,6 +105,10 @@ pub(super) fn mount(storages: &[Storage]) -> Result<Mounted> {
     }
 }
 
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
 impl Layers {
     fn mount(&mut self, upper: &Storage, lower: &[Storage]) -> Result<()> {
         if !self.point.is_absolute() || self.point == Path::new("/") {
@@ -123,18 +127,21 @@ impl Layers {
         let (upper, work) = (writable.join("upper"), writable.join("work"));
         make(&upper)?;
         make(&work)?;
-        let mut options = MountOptions::default();
-        let mut add = |key: &str, path: &Path| {
-            let value = Some(path.display().to_string());
-            options.parameters.push((key.to_owned(), value));
-        };
         // Each by itself: together they may be longer than a parameter.
-        for folder in &folders {
-            add("lowerdir+", folder);
-        }
-        add("upperdir", &upper);
-        add("workdir", &work);
-        let mounted = mount::filesystem("overlay", "overlay", &options)?;
+        let each = folders.iter().map(|folder| ("lowerdir+", text(folder)));
+        let overlay = |lower: Vec<(&str, String)>| {
+            let mut options = MountOptions::default();
+            let rest = [("upperdir", text(&upper)), ("workdir", text(&work))];
+            for (key, value) in lower.into_iter().chain(rest) {
+                options.parameters.push((key.to_owned(), Some(value)));
+            }
+            mount::filesystem("overlay", "overlay", &options)
+        };
+        let mounted = overlay(each.collect()).or_else(|error| {
+            // Kernels before 6.7 take them as one. No path of ours has a colon.
+            let all: Vec<_> = folders.iter().map(|folder| text(folder)).collect();
+            overlay(vec![("lowerdir", all.join(":"))]).map_err(|_| error)
+        })?;
         let target =
             mount::create_beneath(&self.point, Target::Directory).context(|| "mount point")?;
         mount::attach(&mounted, target.as_fd(), &MountOptions::default())
