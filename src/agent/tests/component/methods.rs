@@ -20,12 +20,13 @@ use protocols::agent::{oci, types};
 use crate::rig::{Rig, ctx, mount, process, refusal, texts};
 use crate::wire;
 
-/// INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, UNIMPLEMENTED, UNAVAILABLE.
+/// INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, UNIMPLEMENTED, INTERNAL, UNAVAILABLE.
 const INVALID: i32 = 3;
 const NOT_FOUND: i32 = 5;
 const EXISTS: i32 = 6;
 const WRONG_STATE: i32 = 9;
 const UNIMPLEMENTED: i32 = 12;
+const INTERNAL: i32 = 13;
 const UNAVAILABLE: i32 = 14;
 
 /// For the names of the methods only.
