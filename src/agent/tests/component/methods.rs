@@ -579,9 +579,10 @@ impl Case<'_> {
             signal: 15,
             ..SignalProcessRequest::default()
         };
+        // Its entry goes with its last output, or is of a process that has ended.
         refused!(
             NOT_FOUND,
-            "tty",
+            "",
             self.agent.signal_process(ctx(), &signal).await
         );
         for exec_id in ["none", "first-none"] {

@@ -407,7 +407,7 @@ fn delegate(cgroup: &Path) -> Result<()> {
         let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{name}"));
     }
     ensure!(
-        std::env::var_os("RIG_ANY").is_some() || cgroup.join("memory.max").exists(),
+        std::env::var_os("AGENT_ANY_CGROUP").is_some() || cgroup.join("memory.max").exists(),
         "no memory controller for {cgroup:?}"
     );
     Ok(())

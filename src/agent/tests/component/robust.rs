@@ -94,7 +94,7 @@ async fn a_hundred_execs_at_once_leave_nothing_behind() -> Result<()> {
     let before = Held::of(&rig)?;
     let mut residents = Vec::new();
     for round in 0..3 {
-        let numbers = (0..100).map(|number| round * 100 + number);
+        let numbers = (1..=100).map(|number| round * 100 + number);
         try_join_all(numbers.map(|number| exec(&rig, "a", number))).await?;
         residents.push(settled(&rig, before).await?.resident);
     }
