@@ -9,9 +9,10 @@ use tests::scenario::{Outcome, vm_scenario};
 use tests::wait::until;
 
 /// MiB that the container writes, and of them those that the host must see come and go: the
-/// guest's free memory is reported by whole blocks of 2 MiB.
+/// guest's free memory is reported by whole blocks of 2 MiB, and a page in use keeps its block: 4 to
+/// 34 MiB were seen to stay.
 const FILLED: u64 = 300;
-const SEEN: u64 = 270;
+const SEEN: u64 = 240;
 
 /// Linux reports every 2 s, and what is freed meanwhile in the next round.
 const REPORTED: Duration = Duration::from_secs(30);
