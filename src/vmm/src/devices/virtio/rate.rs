@@ -45,12 +45,15 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    /// Of `limiter`, which other workers may share.
-    pub(super) fn new(limiter: &Arc<RateLimiter>) -> io::Result<Self> {
-        Ok(Self {
+    /// Of `limiter`, if there is one; other workers may share it.
+    pub(super) fn of(limiter: Option<&Arc<RateLimiter>>) -> io::Result<Option<Self>> {
+        let Some(limiter) = limiter else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
             limiter: Arc::clone(limiter),
             timer: TimerFd::new()?,
-        })
+        }))
     }
 
     pub(super) fn limiter(&self) -> &RateLimiter {

@@ -124,10 +124,6 @@ impl BlockDevice {
         self.limiter = RateLimiter::new(bytes, operations).map(Arc::new);
     }
 
-    fn limit_of_queue(&self) -> io::Result<Option<Limit>> {
-        self.limiter.as_ref().map(Limit::new).transpose()
-    }
-
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation {
             memory,
@@ -149,7 +145,7 @@ impl BlockDevice {
                 queue,
                 interrupt: Arc::clone(&interrupt),
                 features,
-                limit: self.limit_of_queue().map_err(ActivateError::Worker)?,
+                limit: Limit::of(self.limiter.as_ref()).map_err(ActivateError::Worker)?,
             };
             let worker = Worker::spawn(&name, Arc::clone(&interrupt), handler);
             self.workers.push(worker.map_err(ActivateError::Worker)?);

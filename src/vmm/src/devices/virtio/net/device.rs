@@ -181,13 +181,9 @@ impl NetDevice {
     }
 
     fn limits(&self) -> io::Result<Limits> {
-        let limit = |limiter: &Option<Arc<RateLimiter>>| {
-            let limiter = limiter.as_ref();
-            limiter.map(Limit::new).transpose()
-        };
         Ok(Limits {
-            receive: limit(&self.receive_limiter)?,
-            transmit: limit(&self.transmit_limiter)?,
+            receive: Limit::of(self.receive_limiter.as_ref())?,
+            transmit: Limit::of(self.transmit_limiter.as_ref())?,
         })
     }
 

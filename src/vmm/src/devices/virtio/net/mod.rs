@@ -27,6 +27,11 @@ const HEADER_LEN: usize = 12;
 /// an Ethernet header with a VLAN tag.
 const MAX_PACKET: usize = HEADER_LEN + 18 + 65536;
 
+/// Whether the limit asks for a rest before the next packet.
+fn must_rest(limit: Option<&RateLimiter>) -> bool {
+    limit.is_some_and(|limit| limit.wait().is_some())
+}
+
 /// Pays for a packet of `len` bytes, without its virtio header.
 fn pay(limit: Option<&RateLimiter>, len: usize) {
     if let Some(limit) = limit {

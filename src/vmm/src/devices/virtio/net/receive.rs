@@ -12,9 +12,8 @@ use std::io;
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use super::pay;
 use super::transmit::is_gone;
-use super::{HEADER_LEN, MAX_PACKET};
+use super::{HEADER_LEN, MAX_PACKET, must_rest, pay};
 use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::{ActiveQueue, DeviceFault, Interrupt};
 use crate::sys::vectored;
@@ -102,7 +101,7 @@ impl Receiver {
     ) -> Result<Received, DeviceFault> {
         let mut received = Received::Turn;
         for _ in 0..MAX_PACKETS {
-            if limit.is_some_and(|limit| limit.wait().is_some()) {
+            if must_rest(limit) {
                 received = Received::Limited;
                 break;
             }

@@ -7,7 +7,7 @@ use std::io;
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
-use super::{HEADER_LEN, MAX_PACKET, pay};
+use super::{HEADER_LEN, MAX_PACKET, must_rest, pay};
 use crate::devices::virtio::rate::RateLimiter;
 use crate::devices::virtio::{ActiveQueue, DeviceFault, Interrupt};
 use crate::sys::vectored;
@@ -53,7 +53,7 @@ impl Transmitter {
                 self.queue.kick_again()?;
                 break Sent::Turn;
             }
-            if limit.is_some_and(|limit| limit.wait().is_some()) {
+            if must_rest(limit) {
                 break Sent::Limited;
             }
             let Some(chain) = self.queue.pop(memory)? else {
