@@ -19,6 +19,7 @@ mod loopback;
 mod namespace;
 mod netlink;
 mod scan;
+mod settings;
 mod tap;
 mod tc;
 
@@ -32,7 +33,7 @@ use protocols::agent::types;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
-use vmm::control::{MAX_QUEUE_PAIRS, RateLimits};
+use vmm::control::RateLimits;
 
 pub(crate) use self::counters::{Counters, counters};
 pub(crate) use self::loopback::Loopback;
@@ -40,51 +41,9 @@ pub(crate) use self::namespace::Namespace;
 use self::namespace::NamespaceId;
 use self::netlink::{Changes, Socket};
 use self::scan::{Interface, State};
+pub(crate) use self::settings::{Model, Settings};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::sandbox::journal::{Journal, Object};
-
-/// How an interface is joined to the guest's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Model {
-    /// Not at all: the guest has no network.
-    None,
-    /// By a tap and redirecting filters on both.
-    TcFilter,
-    /// By a tap on top of it.
-    Macvtap,
-}
-
-/// How networks are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Settings {
-    pub(crate) model: Model,
-    /// The most queue pairs of an interface: no machine has more than CPUs.
-    pub(crate) queues: usize,
-    /// Whether the host's kernel moves the packets, where it can; where they are limited it can't.
-    pub(crate) vhost: bool,
-    /// The most that comes to a guest's interface.
-    pub(crate) receive: RateLimits,
-    /// The most that the guest sends by one.
-    pub(crate) transmit: RateLimits,
-}
-
-impl Settings {
-    fn limited(&self) -> bool {
-        [self.receive, self.transmit] != [RateLimits::default(); 2]
-    }
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            model: Model::TcFilter,
-            queues: MAX_QUEUE_PAIRS,
-            vhost: true,
-            receive: RateLimits::default(),
-            transmit: RateLimits::default(),
-        }
-    }
-}
 
 /// Where a sandbox's network is.
 #[derive(Debug, Clone, PartialEq, Eq)]
