@@ -87,13 +87,13 @@ fn memory(cgroup: &Cgroup) -> MemoryStats {
     }
 }
 
-/// Lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
 #[cfg(any(test, fuzzing))]
 pub(super) fn fuzz(text: &str) {
     let _ = io(text);
     let _ = value(&table(text), "usage_usec");
 }
 
+/// Lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
 fn io(text: &str) -> BlkioStats {
     let mut stats = BlkioStats::default();
     for line in text.lines() {

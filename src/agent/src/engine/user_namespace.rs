@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use protocols::agent::oci;
 use rustix::fs::{CWD, Mode, OFlags, fchmod, openat};
-use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
@@ -229,7 +229,7 @@ fn nodes(plan: &ContainerPlan) -> Result<Vec<(Node, OwnedFd)>> {
             .context(|| format!("device {:?}", node.path()))?;
         mounts.push((node, mount));
     }
-    unmount(PLACE, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).context(|| PLACE)?;
+    mount::detach(PLACE.as_ref())?;
     Ok(mounts)
 }
 

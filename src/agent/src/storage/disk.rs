@@ -12,7 +12,7 @@ use protocols::agent::agent::Storage;
 use rustix::fs::{Mode, OFlags, open, syncfs};
 use rustix::io::Errno;
 
-use super::driver::{Mounted, give_group, target};
+use super::driver::{Mounted, give_group, has, target};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 use crate::reaper::Reaper;
@@ -86,8 +86,7 @@ pub(super) fn mount(storage: &Storage) -> Result<Mounted> {
         return Err(AgentError::invalid("the type of file system is missing"));
     }
     let mut options = MountOptions::parse(&storage.options)?;
-    let read_only = storage.options.iter().any(|option| option == "ro");
-    if read_only {
+    if has(storage, "ro") {
         // Of the file system as well as of the mount: else it would write to its disk.
         options.parameters.push(("ro".to_owned(), None));
     }

@@ -110,6 +110,11 @@ pub(super) fn named(storage: &Storage, error: &AgentError) -> AgentError {
     AgentError::new(error.kind(), line)
 }
 
+/// Whether `option` is among the storage's, as it is.
+pub(super) fn has(storage: &Storage, option: &str) -> bool {
+    storage.options.iter().any(|word| word == option)
+}
+
 fn filesystem(storage: &Storage, default_type: &str, options: &[String]) -> Result<Mounted> {
     let kind = match storage.fstype.as_str() {
         "" => default_type,
@@ -322,7 +327,7 @@ pub(super) fn give_group(storage: &Storage, mounted: &rustix::fd::OwnedFd) -> Re
     let Some(group) = storage.fs_group.as_ref() else {
         return Ok(());
     };
-    if storage.options.iter().any(|option| option == "ro") {
+    if has(storage, "ro") {
         return Ok(());
     }
     let root = openat(

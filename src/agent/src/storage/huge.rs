@@ -95,12 +95,12 @@ impl HugePages {
     }
 }
 
-/// A size as mount options have it: a number and perhaps K, M or G, with or without `i` or `B`.
 #[cfg(any(test, fuzzing))]
 pub(super) fn fuzz(text: &str) {
     let _ = bytes(text);
 }
 
+/// A size as mount options have it: a number and perhaps K, M or G, with or without `i` or `B`.
 fn bytes(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|letter: char| !letter.is_ascii_digit());
     let number: u64 = digits.parse().ok()?;

@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::Wanted;
 use super::disk;
-use super::driver::{Mounted, named};
+use super::driver::{Mounted, has, named};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 
@@ -41,10 +41,6 @@ pub(crate) struct Layers {
 
 fn is_layer(storage: &Storage) -> bool {
     storage.driver == DRIVER || has(storage, ONE_OF_SEVERAL)
-}
-
-fn has(storage: &Storage, option: &str) -> bool {
-    storage.options.iter().any(|word| word == option)
 }
 
 fn is_upper(storage: &Storage) -> bool {
@@ -178,17 +174,12 @@ impl Layers {
         while let Some(disk) = self.disks.pop() {
             done = disk.unmount().and(done);
         }
-        if self.folder.exists() {
-            // Empty mount points; what is not empty is not removed.
-            for entry in std::fs::read_dir(&self.folder)
-                .into_iter()
-                .flatten()
-                .flatten()
-            {
-                let _ = std::fs::remove_dir(entry.path());
-            }
-            let _ = std::fs::remove_dir(&self.folder);
+        // Empty mount points; what is not empty is not removed.
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten();
+        for entry in entries.flatten() {
+            let _ = std::fs::remove_dir(entry.path());
         }
+        let _ = std::fs::remove_dir(&self.folder);
         done
     }
 
