@@ -10,14 +10,11 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::process::{Pid, PidfdFlags, ioctl_tiocsctty, pidfd_open, setsid};
+use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use tokio::io::AsyncWriteExt as _;
-use tokio::time::sleep;
-use tracing::warn;
 
 use crate::container::Stdio;
 use crate::engine::Streams;
@@ -30,22 +27,13 @@ use crate::reaper::{Exit, Reaper};
 pub(crate) const SHELL_ROLE: &str = "shell";
 /// Kata's choice of shells, the better first.
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
-/// Before the next try where no connection can be taken.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves shells at `door` from now on.
 pub(crate) fn start(door: Door, reaper: Reaper) {
     tokio::spawn(async move {
         loop {
-            match door.accept().await {
-                Ok((stream, _)) => {
-                    tokio::spawn(serve(stream, reaper.clone()));
-                }
-                Err(error) => {
-                    warn!(%error, "debug console");
-                    sleep(PAUSE).await;
-                }
-            }
+            let (stream, _) = door.next().await;
+            tokio::spawn(serve(stream, reaper.clone()));
         }
     });
 }
@@ -90,13 +78,9 @@ fn shell(reaper: &Reaper) -> Result<(Stdio, Exit)> {
         .stderr(errors)
         .spawn()
         .context(|| "start a shell")?;
-    let number = i32::try_from(child.id()).unwrap_or_default();
-    let pid = Pid::from_raw(number)
-        .ok_or_else(|| AgentError::internal(format!("a shell of number {number}")))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(|| "watch the shell")?;
-    let exit = launch.claim(number, &pidfd);
+    let claimed = launch.child(&child).context(|| "watch the shell")?;
     fcntl_setfl(&master, OFlags::NONBLOCK | OFlags::RDWR).context(context)?;
-    Ok((Stdio::new(Streams::Terminal(master))?, exit))
+    Ok((Stdio::new(Streams::Terminal(master))?, claimed.exit))
 }
 
 /// The role: takes its standard input for the terminal of a session of its own, and becomes a

@@ -6,11 +6,9 @@ use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::Notify;
-use tokio::time::sleep;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
@@ -23,8 +21,6 @@ use crate::ports::{Door, Stream};
 
 /// Lines that wait for a reader; the oldest go first.
 const MOST: usize = 1000;
-/// Before the next try where no connection can be taken.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts logging of `level` and worse to whoever connects to `door`.
 pub(crate) fn start(door: Door, level: LevelFilter) {
@@ -37,10 +33,8 @@ pub(crate) fn start(door: Door, level: LevelFilter) {
         .try_init();
     tokio::spawn(async move {
         loop {
-            match door.accept().await {
-                Ok((stream, _)) => lines.send(stream).await,
-                Err(_) => sleep(PAUSE).await,
-            }
+            let (stream, _) = door.next().await;
+            lines.send(stream).await;
         }
     });
 }

@@ -23,8 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const MOST: usize = 1024;
 /// How long one is kept.
 const KEPT: Duration = Duration::from_secs(60);
-/// Before the next try where no connection can be taken.
-const PAUSE: Duration = Duration::from_millis(100);
 /// What is carried at once.
 const PIECE: u32 = 64 << 10;
 /// What a terminal takes for the end of input.
@@ -66,13 +64,8 @@ impl Arrivals {
         let taking = Arc::clone(&arrivals);
         tokio::spawn(async move {
             loop {
-                match door.accept().await {
-                    Ok((stream, port)) => taking.put(port, stream),
-                    Err(error) => {
-                        debug!(%error, "no stream taken");
-                        sleep(PAUSE).await;
-                    }
-                }
+                let (stream, port) = door.next().await;
+                taking.put(port, stream);
             }
         });
         arrivals

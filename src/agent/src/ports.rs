@@ -5,12 +5,18 @@
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
+use tokio::time::sleep;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
+use tracing::debug;
 
 use crate::error::{Context as _, Result};
+
+/// Before the next try where no connection can be taken.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where ports are: vsock; where the service is at a Unix socket, paths like its own, with `_PORT`
 /// after them, as the host's ends of vsock have them.
@@ -64,11 +70,19 @@ impl Ports {
 impl Door {
     /// The next connection of the host's, and its port there. What comes from inside of the guest
     /// is a container's, and hears nothing.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub(crate) async fn accept(&self) -> io::Result<(Box<dyn Stream>, u32)> {
+    pub(crate) async fn next(&self) -> (Box<dyn Stream>, u32) {
+        loop {
+            match self.accept().await {
+                Ok(taken) => return taken,
+                Err(error) => {
+                    debug!(%error, "no connection taken");
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Box<dyn Stream>, u32)> {
         match self {
             Self::Vsock(listener) => loop {
                 let (stream, peer) = listener.accept().await?;

@@ -7,11 +7,12 @@
 //! one of an earlier process with the same number.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{WaitOptions, WaitStatus, wait};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -43,6 +44,14 @@ struct Children {
     /// Statuses that nobody has claimed; only kept while `launches` is not zero.
     unclaimed: HashMap<i32, End>,
     launches: usize,
+}
+
+/// A child whose exit is handed out.
+#[derive(Debug)]
+pub(crate) struct Claimed {
+    pub(crate) pid: Pid,
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) exit: Exit,
 }
 
 /// A launch under way: statuses of unknown processes are kept until it is dropped.
@@ -80,6 +89,18 @@ impl Reaper {
 }
 
 impl Launch {
+    /// Claims `child`, which this launch has made.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn child(&self, child: &Child) -> rustix::io::Result<Claimed> {
+        let pid = Pid::from_child(child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let exit = self.claim(pid.as_raw_nonzero().get(), &pidfd);
+        Ok(Claimed { pid, pidfd, exit })
+    }
+
     /// The exit of process `pid`, which `pidfd` refers to and which this launch has made.
     pub(crate) fn claim(&self, pid: i32, pidfd: impl AsFd) -> Exit {
         let mut children = self.0.children();

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use crate::error::{AgentError, Context as _, Result};
-use crate::reaper::{Reaper, ended};
+use crate::reaper::{Claimed, Reaper, ended};
 
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 /// How long one may run.
@@ -50,11 +50,8 @@ pub(crate) async fn run(
         .stderr(Stdio::piped())
         .spawn()
         .context(|| format!("start {path:?}"))?;
-    let number = i32::try_from(child.id()).unwrap_or_default();
-    let pid = Pid::from_raw(number)
-        .ok_or_else(|| AgentError::internal(format!("{path:?}: process {number}")))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty()).context(|| format!("watch {path:?}"))?;
-    let exit = launch.claim(number, &pidfd);
+    let claimed = launch.child(&child);
+    let Claimed { pidfd, exit, .. } = claimed.context(|| format!("watch {path:?}"))?;
     drop(launch);
     let context = || format!("streams of {path:?}");
     let stdin = child.stdin.take().map(OwnedFd::from);

@@ -337,11 +337,8 @@ impl Helper {
             .stderr(Stdio::null())
             .spawn()
             .context(|| "start the helper")?;
-        let pidfd = i32::try_from(child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self(pidfd))
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+        Ok(Self(pidfd.ok()))
     }
 
     fn kill(&self) {
