@@ -7,34 +7,23 @@
 //! fails before the container exists fails the container; a later one is a warning, as the
 //! specification says. Nothing waits for a hook longer than its time.
 
-use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use oci_hooks::{State, TIMEOUT, Words};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use serde_json::json;
 use tokio::task::spawn_blocking;
 use tracing::{info, warn};
 
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::raw;
 use crate::spec::{Hook, Spec};
-
-/// How long a hook may take that doesn't say.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How much of a failed hook's last words an error holds.
-const WORDS: usize = 1024;
 
 /// Says in a bundle that its last hooks have run.
 const DONE: &str = "hooks.done";
@@ -58,10 +47,7 @@ pub(crate) struct Hooks {
     create: Vec<(&'static str, Hook)>,
     poststart: Vec<(&'static str, Hook)>,
     poststop: Vec<(&'static str, Hook)>,
-    version: String,
-    id: String,
-    bundle: PathBuf,
-    annotations: HashMap<String, String>,
+    state: State,
     mounts: HostMounts,
 }
 
@@ -76,10 +62,12 @@ impl Hooks {
             create,
             poststart: named("poststart", &spec.hooks.poststart),
             poststop: named("poststop", &spec.hooks.poststop),
-            version: spec.oci_version.clone(),
-            id: id.to_owned(),
-            bundle: bundle.to_owned(),
-            annotations: spec.annotations.clone(),
+            state: State {
+                version: spec.oci_version.clone(),
+                id: id.to_owned(),
+                bundle: bundle.to_owned(),
+                annotations: spec.annotations.clone().into_iter().collect(),
+            },
             mounts,
         }
     }
@@ -89,8 +77,8 @@ impl Hooks {
         if self.create.is_empty() {
             return Ok(());
         }
-        let (hooks, state) = (self.create.clone(), self.state("creating", pid));
-        let (mounts, bundle) = (self.mounts.clone(), self.bundle.clone());
+        let (hooks, state) = (self.create.clone(), self.state.json("creating", pid));
+        let (mounts, bundle) = (self.mounts.clone(), self.state.bundle.clone());
         spawn_blocking(move || {
             hooks
                 .iter()
@@ -107,11 +95,11 @@ impl Hooks {
 
     /// Runs those that come after the container's end, once.
     pub(crate) async fn poststop(&self) {
-        if self.poststop.is_empty() || self.bundle.join(DONE).exists() {
+        if self.poststop.is_empty() || self.state.bundle.join(DONE).exists() {
             return;
         }
-        if let Err(error) = File::create(self.bundle.join(DONE)) {
-            warn!(container = self.id, %error, "hooks may run twice");
+        if let Err(error) = File::create(self.state.bundle.join(DONE)) {
+            warn!(container = self.state.id, %error, "hooks may run twice");
         }
         self.run_later(&self.poststop, "stopped", 0).await;
     }
@@ -120,9 +108,9 @@ impl Hooks {
         if hooks.is_empty() {
             return;
         }
-        let (hooks, state) = (hooks.to_vec(), self.state(status, pid));
-        let (mounts, bundle) = (self.mounts.clone(), self.bundle.clone());
-        let id = self.id.clone();
+        let (hooks, state) = (hooks.to_vec(), self.state.json(status, pid));
+        let (mounts, bundle) = (self.mounts.clone(), self.state.bundle.clone());
+        let id = self.state.id.clone();
         let ran = spawn_blocking(move || {
             for (point, hook) in &hooks {
                 if let Err(error) = run(point, hook, &state, &bundle, &mounts) {
@@ -131,24 +119,8 @@ impl Hooks {
             }
         });
         if let Err(error) = ran.await {
-            warn!(container = self.id, %error, "hooks");
+            warn!(container = self.state.id, %error, "hooks");
         }
-    }
-
-    fn state(&self, status: &str, pid: u32) -> Vec<u8> {
-        let mut state = json!({
-            "ociVersion": self.version,
-            "id": self.id,
-            "status": status,
-            "bundle": self.bundle,
-            "annotations": self.annotations,
-        });
-        if pid != 0
-            && let Some(state) = state.as_object_mut()
-        {
-            state.insert("pid".to_owned(), pid.into());
-        }
-        state.to_string().into_bytes()
     }
 }
 
@@ -159,47 +131,28 @@ fn run(point: &str, hook: &Hook, state: &[u8], bundle: &Path, mounts: &HostMount
         Ok(0) | Err(_) => TIMEOUT,
         Ok(seconds) => Duration::from_secs(seconds),
     };
-    let words = file(&[]).internal(context)?;
+    let words = Words::new().internal(context)?;
     let command = command(hook, state, &words, bundle).internal(context)?;
     let child = spawn(command, mounts).context(Kind::InvalidArgument, context)?;
-    let status = wait(child, limit).internal(context)?;
+    let status = oci_hooks::wait(child, limit).internal(context)?;
     info!(point, path = hook.path, ?status, "hook ended");
     let reason = match status {
         Some(status) if status.success() => return Ok(()),
         Some(status) => status.to_string(),
         None => format!("killed after {} s", limit.as_secs()),
     };
-    let words = last_words(words).internal(context)?;
+    let words = words.last().internal(context)?;
     Err(ShimError::new(
         Kind::Internal,
         format!("{}: {reason}{words}", context()),
     ))
 }
 
-fn command(hook: &Hook, state: &[u8], words: &File, bundle: &Path) -> io::Result<Command> {
-    let mut command = Command::new(&hook.path);
-    // The first argument is the program's name, as with execve.
-    if let Some((name, arguments)) = hook.args.split_first() {
-        command.arg0(name).args(arguments);
-    }
-    command
-        .env_clear()
-        .envs(hook.env.iter().filter_map(|entry| entry.split_once('=')))
-        .current_dir(bundle)
-        // Files, not pipes: nothing blocks on a hook that doesn't read, or leaves a process.
-        .stdin(file(state)?)
-        .stdout(Stdio::null())
-        .stderr(words.try_clone()?)
-        .process_group(0);
+fn command(hook: &Hook, state: &[u8], words: &Words, bundle: &Path) -> io::Result<Command> {
+    let environment = hook.env.iter().filter_map(|entry| entry.split_once('='));
+    let mut command = oci_hooks::command(&hook.path, &hook.args, environment, state, words)?;
+    command.current_dir(bundle);
     Ok(command)
-}
-
-/// A file in memory, at its beginning.
-fn file(content: &[u8]) -> io::Result<File> {
-    let mut file = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
-    file.write_all(content)?;
-    file.rewind()?;
-    Ok(file)
 }
 
 /// Starts a program in the host's mount namespace. A process begins in the namespaces of the
@@ -220,40 +173,6 @@ fn spawn(mut command: Command, mounts: &HostMounts) -> io::Result<Child> {
     })
 }
 
-/// Waits for the end; `None` for a program that had to be killed, with all that it has started.
-fn wait(mut child: Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::other("process number"))?;
-    let handle = pidfd_open(pid, PidfdFlags::empty())?;
-    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-    let mut events = [PollFd::new(&handle, PollFlags::IN)];
-    if rustix::io::retry_on_intr(|| poll(&mut events, Some(&limit)))? == 0 {
-        kill_process_group(pid, Signal::KILL)?;
-        child.wait()?;
-        return Ok(None);
-    }
-    child.wait().map(Some)
-}
-
-/// The end of what a hook wrote to its standard error, for the end of a one-line message.
-fn last_words(mut file: File) -> io::Result<String> {
-    let mut text = Vec::new();
-    let length = file.metadata()?.len();
-    let offset = length.saturating_sub(u64::try_from(WORDS).unwrap_or(0));
-    file.seek(io::SeekFrom::Start(offset))?;
-    file.take(u64::try_from(WORDS).unwrap_or(0))
-        .read_to_end(&mut text)?;
-    let text = String::from_utf8_lossy(&text);
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    Ok(if line.is_empty() {
-        line
-    } else {
-        format!(": {line}")
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,17 +188,17 @@ mod tests {
 
     /// Starts a program without the change of namespaces, which needs root.
     fn run_here(hook: &Hook, bundle: &Path) -> Result<()> {
-        let words = file(&[]).unwrap();
+        let words = Words::new().unwrap();
         let child = command(hook, b"{\"id\":\"c\"}", &words, bundle)
             .unwrap()
             .spawn()
             .unwrap();
         let limit = Duration::from_secs(hook.timeout.unsigned_abs());
-        match wait(child, limit).unwrap() {
+        match oci_hooks::wait(child, limit).unwrap() {
             Some(status) if status.success() => Ok(()),
             status => Err(ShimError::new(
                 Kind::Internal,
-                format!("{status:?}{}", last_words(words).unwrap()),
+                format!("{status:?}{}", words.last().unwrap()),
             )),
         }
     }
@@ -313,7 +232,7 @@ mod tests {
         let mounts = HostMounts::current().unwrap();
         let hooks = Hooks::new(&spec, "c", Path::new("/b"), mounts);
         let state = |status, pid| -> serde_json::Value {
-            serde_json::from_slice(&hooks.state(status, pid)).unwrap()
+            serde_json::from_slice(&hooks.state.json(status, pid)).unwrap()
         };
         assert_eq!(state("creating", 7)["pid"], 7);
         assert_eq!(state("creating", 7)["bundle"], "/b");

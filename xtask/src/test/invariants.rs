@@ -41,16 +41,21 @@ const WALLS: &[(&str, &[&str], &str)] = &[
 
 /// Dependencies on our own crates that each crate may have.
 const DEPENDENCIES: &[(&str, &[&str])] = &[
-    ("src/agent", &["protocols"]),
+    ("src/agent", &["oci-hooks", "protocols"]),
     ("src/fuse-server", &[]),
+    ("src/oci-hooks", &[]),
     ("src/protocols", &[]),
-    ("src/runtime", &["fuse-server", "protocols", "vmm"]),
+    (
+        "src/runtime",
+        &["fuse-server", "oci-hooks", "protocols", "vmm"],
+    ),
     ("src/vmm", &["fuse-server"]),
 ];
 
 const OURS: &[&str] = &[
     "fuse-server",
     "kata-agent",
+    "oci-hooks",
     "protocols",
     "rootfs-builder",
     "runtime",

@@ -5,30 +5,19 @@
 //! Each gets the container's state on its standard input. One that fails or takes too long fails
 //! the step that it belongs to; after the container's end it is a warning.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Child;
 use std::time::Duration;
 
+use oci_hooks::{State, TIMEOUT, Words};
 use protocols::agent::oci;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 use tracing::warn;
 
 use crate::error::{AgentError, Context as _, Result};
-use crate::reaper::{Reaper, ended};
-
-/// For a hook that does not say.
-const TIMEOUT: Duration = Duration::from_secs(60);
-/// How much of a failed hook's last words an error holds.
-const WORDS: u64 = 1024;
+use crate::reaper::{Claimed, Reaper, ended};
 
 /// A container's hooks, by the places where they run.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -53,15 +42,6 @@ pub(crate) struct Hook {
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
     limit: Duration,
-}
-
-/// What hooks are told about the container.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub(crate) struct State {
-    version: String,
-    id: String,
-    bundle: PathBuf,
-    annotations: BTreeMap<String, String>,
 }
 
 impl Hooks {
@@ -149,57 +129,25 @@ impl Hook {
         format!("hook {} {:?}", self.point, self.path)
     }
 
-    fn spawn(&self, state: &[u8], words: &File) -> Result<Child> {
-        let spawn = || {
-            let mut command = Command::new(&self.path);
-            // The first argument is the program's name, as with execve(2).
-            if let Some((name, arguments)) = self.arguments.split_first() {
-                command.arg0(name).args(arguments);
-            }
-            command
-                .env_clear()
-                .envs(self.environment.iter().map(|(name, value)| (name, value)))
-                // Files, not pipes: nothing waits for a hook that does not read, or that leaves
-                // a process behind.
-                .stdin(file(state)?)
-                .stdout(Stdio::null())
-                .stderr(words.try_clone()?)
-                .process_group(0)
-                .spawn()
-        };
-        spawn().context(|| self.context())
+    fn spawn(&self, state: &[u8], words: &Words) -> Result<Child> {
+        let environment = self.environment.iter();
+        let environment = environment.map(|(name, value)| (name.as_str(), value.as_str()));
+        oci_hooks::command(&self.path, &self.arguments, environment, state, words)
+            .and_then(|mut command| command.spawn())
+            .context(|| self.context())
     }
 
-    fn judge(&self, success: bool, how: &str, words: File) -> Result<()> {
+    fn judge(&self, success: bool, how: &str, words: Words) -> Result<()> {
         if success {
             return Ok(());
         }
-        let words = last_words(words).unwrap_or_default();
+        let words = words.last().unwrap_or_default();
         let line = format!("{}: {how}{words}", self.context());
         Err(AgentError::precondition(line))
     }
 
     fn too_long(&self) -> String {
         format!("killed after {} s", self.limit.as_secs())
-    }
-}
-
-impl State {
-    /// As JSON.
-    fn with(&self, status: &str, pid: i32) -> Vec<u8> {
-        let mut state = serde_json::json!({
-            "ociVersion": self.version,
-            "id": self.id,
-            "status": status,
-            "bundle": self.bundle,
-            "annotations": self.annotations,
-        });
-        if pid != 0
-            && let Some(state) = state.as_object_mut()
-        {
-            state.insert("pid".to_owned(), pid.into());
-        }
-        state.to_string().into_bytes()
     }
 }
 
@@ -212,29 +160,15 @@ impl State {
 pub(super) fn run_here(hooks: &[Hook], state: &State, status: &str) -> Result<()> {
     let state = match hooks {
         [] => return Ok(()),
-        _ => state.with(status, rustix::process::getpid().as_raw_nonzero().get()),
+        _ => state.json(status, std::process::id()),
     };
     hooks.iter().try_for_each(|hook| {
-        let words = file(&[]).context(|| hook.context())?;
+        let words = Words::new().context(|| hook.context())?;
         let child = hook.spawn(&state, &words)?;
-        let ended = wait(child, hook.limit).context(|| hook.context())?;
+        let ended = oci_hooks::wait(child, hook.limit).context(|| hook.context())?;
         let how = ended.map_or_else(|| hook.too_long(), |status| status.to_string());
         hook.judge(ended.is_some_and(|status| status.success()), &how, words)
     })
-}
-
-/// Waits for the end; `None` for a program that had to be killed, with all that it has started.
-fn wait(mut child: Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
-    let pid = number(&child)?;
-    let handle = pidfd_open(pid, PidfdFlags::empty())?;
-    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-    let mut events = [PollFd::new(&handle, PollFlags::IN)];
-    if rustix::io::retry_on_intr(|| poll(&mut events, Some(&limit)))? == 0 {
-        kill_process_group(pid, Signal::KILL)?;
-        child.wait()?;
-        return Ok(None);
-    }
-    child.wait().map(Some)
 }
 
 /// Runs hooks one after the other in the agent's own namespaces, where the reaper waits for all
@@ -251,7 +185,7 @@ pub(super) async fn run_in_agent(
     pid: i32,
 ) -> Result<()> {
     for hook in hooks {
-        one_in_agent(reaper, hook, &state.with(status, pid)).await?;
+        one_in_agent(reaper, hook, &state.json(status, pid.unsigned_abs())).await?;
     }
     Ok(())
 }
@@ -259,20 +193,19 @@ pub(super) async fn run_in_agent(
 /// The same for hooks whose failure changes nothing any more: all run.
 pub(super) async fn run_all_in_agent(reaper: &Reaper, hooks: &[Hook], state: &State) {
     for hook in hooks {
-        if let Err(error) = one_in_agent(reaper, hook, &state.with("stopped", 0)).await {
+        if let Err(error) = one_in_agent(reaper, hook, &state.json("stopped", 0)).await {
             warn!(container = state.id, error = error.line(), "hook failed");
         }
     }
 }
 
 async fn one_in_agent(reaper: &Reaper, hook: &Hook, state: &[u8]) -> Result<()> {
-    let words = file(&[]).context(|| hook.context())?;
+    let words = Words::new().context(|| hook.context())?;
     // Statuses are kept from before the process exists.
     let launch = reaper.launch();
     let child = hook.spawn(state, &words)?;
-    let pid = number(&child).context(|| hook.context())?;
-    let handle: OwnedFd = pidfd_open(pid, PidfdFlags::empty()).context(|| hook.context())?;
-    let exit = launch.claim(pid.as_raw_nonzero().get(), &handle);
+    let claimed = launch.child(&child).context(|| hook.context())?;
+    let Claimed { pid, exit, .. } = claimed;
     match timeout(hook.limit, ended(&exit)).await {
         Ok(end) => {
             let how = format!("exit status: {}", end.code);
@@ -283,36 +216,6 @@ async fn one_in_agent(reaper: &Reaper, hook: &Hook, state: &[u8]) -> Result<()> 
             hook.judge(false, &hook.too_long(), words)
         }
     }
-}
-
-fn number(child: &Child) -> io::Result<Pid> {
-    i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::other("process number"))
-}
-
-/// A file in memory, at its beginning.
-fn file(content: &[u8]) -> io::Result<File> {
-    let mut file = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
-    file.write_all(content)?;
-    file.rewind()?;
-    Ok(file)
-}
-
-/// The end of what a hook wrote to its standard error, for the end of a one-line message.
-fn last_words(mut file: File) -> io::Result<String> {
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(WORDS)))?;
-    let mut text = Vec::new();
-    file.take(WORDS).read_to_end(&mut text)?;
-    let text = String::from_utf8_lossy(&text);
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    Ok(if line.is_empty() {
-        line
-    } else {
-        format!(": {line}")
-    })
 }
 
 #[cfg(test)]
