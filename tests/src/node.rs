@@ -117,17 +117,6 @@ impl Node {
         &self.containerd
     }
 
-    /// How many of its guests have ended by a triple fault or never came up, by their shims' words.
-    #[must_use]
-    pub fn lost_guests(&self) -> usize {
-        let words = [
-            "ended reason=\"a triple fault of the guest's kernel\"",
-            "the guest's agent was not ready within",
-        ];
-        let log = self.containerd.log();
-        words.iter().map(|words| log.matches(words).count()).sum()
-    }
-
     /// Its networks.
     #[must_use]
     pub fn networks(&self) -> &Networks {

@@ -4,7 +4,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -27,31 +26,14 @@ pub fn scenario(body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
 }
 
 /// The same for pods: on a node, with its CRI.
-///
-/// One that fails while a guest of its ended by a triple fault, or never came up, is run once more, and
-/// told, for all to see: the dev VM's emulated processor loses one now and then, guests that are not ours
-/// as well (`xtask/src/vm/qemu.rs`). Any other failure counts at once.
-pub fn pod_scenario(body: impl Fn(&Node) -> Result<()>) -> Outcome {
-    let run = || -> Result<(Result<()>, bool)> {
+pub fn pod_scenario(body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
+    let run = || {
         // Before the lock: one node serves the tests that wait for it as well.
         let node = Node::shared()?;
         let _alone = alone()?;
-        let before = node.lost_guests();
-        let result = framed(node.ctr(), || body(&node), || node.sweep())
-            .with_context(|| autopsy::report(&node));
-        Ok((result, node.lost_guests() > before))
+        framed(node.ctr(), || body(&node), || node.sweep()).with_context(|| autopsy::report(&node))
     };
-    let attempt = || match run()? {
-        (Err(error), true) => {
-            let name = thread::current().name().unwrap_or_default().to_owned();
-            say_aloud(&format!(
-                "{name} lost a guest, and is run once more: {error:#}"
-            ))?;
-            run()?.0
-        }
-        (result, _) => result,
-    };
-    attempt().map_err(Failure)
+    run().map_err(Failure)
 }
 
 fn alone() -> Result<File> {
@@ -90,7 +72,7 @@ pub fn vm_scenario(name: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome
 }
 
 /// The same on a node.
-pub fn pod_vm_scenario(name: &str, body: impl Fn(&Node) -> Result<()>) -> Outcome {
+pub fn pod_vm_scenario(name: &str, body: impl FnOnce(&Node) -> Result<()>) -> Outcome {
     let ctr = Ctr::from_env();
     if ctr.has_vm() {
         return pod_scenario(body);

@@ -2,8 +2,7 @@
 //! Suites that need root and a machine of their own: test binaries built here, run in one dev VM.
 
 use crate::build::Profile;
-use crate::progress;
-use crate::vm::{Contents, Died, Options, Vm};
+use crate::vm::{Contents, Options, Vm};
 use anyhow::{Result, bail};
 
 /// The dev VM of a test run, started when the first suite needs it.
@@ -14,22 +13,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Runs a test binary: its command with the arguments.
-    ///
-    /// A dev VM that died fails no test: QEMU's emulation of a nested guest loses the dev VM's own
-    /// kernel now and then on a busy machine (twice in some ten hours of it). The suite then runs
-    /// once more, whole, in a fresh one; what the suite itself brings about happens again there.
     pub(crate) fn run(&mut self, command: &[String]) -> Result<()> {
-        match self.attempt(command) {
-            Err(error) if error.is::<Died>() => {
-                progress::note(&format!("{error:#}"));
-                progress::note("running the suite once more, in a new dev VM");
-                self.attempt(command)
-            }
-            result => result,
-        }
-    }
-
-    fn attempt(&mut self, command: &[String]) -> Result<()> {
         let vm = match self.vm.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), Contents::Containerd(Profile::Quick))?,

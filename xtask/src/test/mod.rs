@@ -161,7 +161,7 @@ const SUITES: &[Suite] = &[
         about: "pods through containerd's CRI plugin",
         quick: false,
         place: Place::DevVm,
-        skip: &["load::a_hundred"],
+        skip: &[],
     },
     Suite {
         name: "pods-2",

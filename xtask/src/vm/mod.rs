@@ -13,7 +13,6 @@ mod setup;
 mod wire;
 
 pub(crate) use machine::Options;
-pub(crate) use session::Died;
 
 use crate::build::{self, Profile};
 use crate::guest::kernel::Flavour;

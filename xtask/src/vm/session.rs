@@ -6,8 +6,6 @@ use super::wire::{self, Exec, Exit, Kind, Setup, Size};
 use anyhow::{Context, Result, bail};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::env;
-use std::error::Error;
-use std::fmt;
 use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -28,18 +26,6 @@ const PASSED_ENV: &[&str] = &[
 ];
 /// Prefix of further variables that are passed on.
 const PASSED_PREFIX: &str = "NUTSHELL_";
-
-/// The machine ended below a command: its own kernel panicked, or QEMU did.
-#[derive(Debug)]
-pub(crate) struct Died(String);
-
-impl fmt::Display for Died {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the dev VM died while the command ran\n{}", self.0)
-    }
-}
-
-impl Error for Died {}
 
 /// Brings up what `setup` names; an error holds the guest's words.
 pub(crate) fn set_up(machine: &Machine, setup: &Setup) -> Result<()> {
@@ -87,7 +73,10 @@ pub(crate) fn execute(machine: &Machine, argv: Vec<String>) -> Result<u8> {
     loop {
         let Some(frame) = wire::read(&mut stream)? else {
             drop(terminal);
-            return Err(Died(machine.last_words()).into());
+            bail!(
+                "the dev VM died while the command ran\n{}",
+                machine.last_words()
+            );
         };
         match frame.kind {
             // A reader that went away is no reason to stop the command early.
