@@ -10,6 +10,7 @@
 )]
 
 mod configuration;
+mod direct;
 mod disks;
 mod exercisers;
 mod files;

@@ -23,7 +23,7 @@ fn disk(file: File, direct: Option<Direct>) -> Disk {
     Disk {
         file,
         direct,
-        sectors: SECTORS,
+        sectors: AtomicU64::new(SECTORS),
         filled: AtomicU64::new(0),
         read_only: false,
         serial: [0; SERIAL_LEN],

@@ -4,8 +4,8 @@
 //! between file and guest memory with no copy between, but for what O_DIRECT can't move.
 
 use std::fs::File;
-use std::io;
-use std::sync::atomic::AtomicU64;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
@@ -42,7 +42,8 @@ pub(super) struct Disk {
     pub(super) file: File,
     /// How to go about it, if it was opened with O_DIRECT.
     pub(super) direct: Option<Direct>,
-    pub(super) sectors: u64,
+    /// How many it has; they may become more.
+    pub(super) sectors: AtomicU64,
     /// Bytes written to fill ranges with zeroes, which a request has none of, and not paid for yet.
     pub(super) filled: AtomicU64,
     pub(super) read_only: bool,
@@ -59,7 +60,22 @@ type Outcome = Result<usize, u8>;
 impl Disk {
     /// What it holds.
     pub(super) fn bytes(&self) -> u64 {
-        self.sectors.saturating_mul(SECTOR)
+        self.sectors().saturating_mul(SECTOR)
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Relaxed)
+    }
+
+    /// As many sectors as its file has now; bytes past the last whole sector don't count, nor, past
+    /// the host's page cache, those past the last whole block.
+    pub(super) fn count_sectors(file: &File, direct: Option<&Direct>) -> io::Result<u64> {
+        // Works for a block device too, where the metadata says 0. Nobody reads from where it is then.
+        let mut file = file;
+        let bytes = file.seek(SeekFrom::End(0))?;
+        let block = direct.map_or(SECTOR, Direct::block);
+        let rest = bytes.checked_rem(block).unwrap_or_default();
+        Ok(bytes.saturating_sub(rest) / SECTOR)
     }
 
     /// Serves the request in `chain` of a driver that agreed on `features`, and returns the bytes
@@ -138,7 +154,7 @@ impl Disk {
     /// The first byte of `count` sectors from `sector` on, if the disk has all of them.
     pub(super) fn offset(&self, sector: u64, count: u64) -> Result<u64, u8> {
         let end = sector.checked_add(count).ok_or(IO_ERROR)?;
-        if end > self.sectors {
+        if end > self.sectors() {
             return Err(IO_ERROR);
         }
         sector.checked_mul(SECTOR).ok_or(IO_ERROR)
