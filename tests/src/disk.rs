@@ -22,9 +22,13 @@ pub struct Image {
 impl Image {
     /// A disk of zeroes, sparse.
     pub fn new(bytes: u64) -> Result<Self> {
+        Self::new_in(Path::new("/var/tmp"), bytes)
+    }
+
+    fn new_in(place: &Path, bytes: u64) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("nutshell-disk-")
-            .tempdir_in("/var/tmp")?;
+            .tempdir_in(place)?;
         let image = Self { folder };
         File::create(image.path())?.set_len(bytes)?;
         Ok(image)
@@ -39,6 +43,17 @@ impl Image {
             command.arg("-d").arg(content);
         }
         run(command.arg(image.path()))?;
+        Ok(image)
+    }
+
+    /// A disk in a folder, with an empty ext4 whose own structures have their place on the host, while
+    /// what files hold has none yet.
+    pub fn ext4_in(place: &Path, bytes: u64) -> Result<Self> {
+        let image = Self::new_in(place, bytes)?;
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-b", "4096", "-O", "^metadata_csum,^uninit_bg"])
+            .args(["-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
+            .arg(image.path()))?;
         Ok(image)
     }
 

@@ -14,6 +14,7 @@ mod direct;
 mod disks;
 mod exercisers;
 mod files;
+mod full;
 mod memory;
 mod size;
 

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use fuse_server::Complaints;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
@@ -62,7 +63,6 @@ pub enum BlockError {
 /// A disk.
 #[derive(Debug)]
 pub struct BlockDevice {
-    name: String,
     disk: Arc<Disk>,
     /// Sectors that the file keeps or gives back as one.
     discard_alignment: u32,
@@ -99,14 +99,15 @@ impl BlockDevice {
         let block = file.metadata().map_err(BlockError::Size)?.blksize();
         let discard_alignment = u32::try_from(block / SECTOR).unwrap_or_default();
         Ok(Self {
-            name: format!("block-{id}"),
             disk: Arc::new(Disk {
+                name: format!("block-{id}"),
                 file,
                 direct,
                 sectors: AtomicU64::new(sectors),
                 filled: AtomicU64::new(0),
                 read_only,
                 serial,
+                complaints: Complaints::default(),
             }),
             discard_alignment: discard_alignment.max(1),
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
@@ -134,7 +135,7 @@ impl BlockDevice {
             if queue.index() > 0 && !several {
                 continue;
             }
-            let name = format!("{}-{}", self.name, queue.index());
+            let name = format!("{}-{}", self.disk.name, queue.index());
             let handler = Handler {
                 disk: Arc::clone(&self.disk),
                 memory: memory.clone(),

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::AtomicU64;
 
+use fuse_server::Complaints;
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -73,12 +74,14 @@ impl Fixture {
         let mut serial = [0; SERIAL_LEN];
         serial[..4].copy_from_slice(b"root");
         let disk = Disk {
+            name: "disk".to_owned(),
             file,
             direct: None,
             sectors: AtomicU64::new(sectors),
             filled: AtomicU64::new(0),
             read_only,
             serial,
+            complaints: Complaints::default(),
         };
         Self {
             memory,
