@@ -22,9 +22,13 @@ pub struct Image {
 impl Image {
     /// A disk of zeroes, sparse.
     pub fn new(bytes: u64) -> Result<Self> {
+        Self::new_in(Path::new("/var/tmp"), bytes)
+    }
+
+    fn new_in(place: &Path, bytes: u64) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("nutshell-disk-")
-            .tempdir_in("/var/tmp")?;
+            .tempdir_in(place)?;
         let image = Self { folder };
         File::create(image.path())?.set_len(bytes)?;
         Ok(image)
@@ -42,15 +46,47 @@ impl Image {
         Ok(image)
     }
 
+    /// A disk in a folder, with an empty ext4 whose own structures have their place on the host, while
+    /// what files hold has none yet.
+    pub fn ext4_in(place: &Path, bytes: u64) -> Result<Self> {
+        let image = Self::new_in(place, bytes)?;
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-b", "4096", "-O", "^metadata_csum,^uninit_bg"])
+            .args(["-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
+            .arg(image.path()))?;
+        Ok(image)
+    }
+
+    /// A disk with an empty file system of this kind.
+    pub fn with_filesystem(kind: &str, bytes: u64) -> Result<Self> {
+        let image = Self::new(bytes)?;
+        run(Command::new(format!("mkfs.{kind}"))
+            .arg("-q")
+            .arg(image.path()))?;
+        Ok(image)
+    }
+
     /// The file.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("image")
     }
 
-    /// The host finds nothing wrong with its file system.
+    /// The host finds nothing wrong with its file system, an ext4.
     pub fn check(&self) -> Result<()> {
-        run(Command::new("e2fsck").arg("-fn").arg(self.path())).map(drop)
+        self.check_with("ext4")
+    }
+
+    /// The host finds nothing wrong with its file system of this kind.
+    pub fn check_with(&self, kind: &str) -> Result<()> {
+        let mut command = match kind {
+            "xfs" => Command::new("xfs_repair"),
+            _ => Command::new("e2fsck"),
+        };
+        if kind != "xfs" {
+            command.arg("-f");
+        }
+        run(command.arg("-n").arg(self.path())).map(drop)
     }
 }
 
@@ -79,6 +115,16 @@ impl Loop {
     #[must_use]
     pub fn name(&self) -> String {
         self.path.display().to_string()
+    }
+
+    /// It has more bytes from now on, as the image below it has.
+    pub fn grow(&self, image: &Image, bytes: u64) -> Result<()> {
+        let file = File::options().write(true).open(image.path())?;
+        file.set_len(bytes)?;
+        run(Command::new("losetup")
+            .arg("--set-capacity")
+            .arg(&self.path))
+        .map(drop)
     }
 
     /// What the host reads at its start.
@@ -114,6 +160,23 @@ impl Assigned {
         Ok(Self {
             path: path.to_owned(),
         })
+    }
+
+    /// What it holds, while a container uses it.
+    pub fn stats(&self) -> Result<Value> {
+        let output = run(Command::new("kata-ctl")
+            .args(["direct-volume", "stats", "--volume-path"])
+            .arg(&self.path))?;
+        serde_json::from_str(&output).with_context(|| output.clone())
+    }
+
+    /// Has its file system take so much of its disk.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        run(Command::new("kata-ctl")
+            .args(["direct-volume", "resize", "--volume-path"])
+            .arg(&self.path)
+            .args(["--size", &bytes.to_string()]))
+        .map(drop)
     }
 }
 

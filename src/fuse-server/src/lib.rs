@@ -22,6 +22,7 @@
 mod arguments;
 mod buffer;
 mod call;
+mod complaints;
 mod credentials;
 mod error;
 #[cfg(any(test, fuzzing))]
@@ -44,6 +45,7 @@ mod tests;
 mod worker;
 
 pub use buffer::{ReplyBuffer, RequestBuffer};
+pub use complaints::Complaints;
 pub use error::ServerError;
 pub use options::{Cache, Options};
 pub use proc::ProcSelfFd;

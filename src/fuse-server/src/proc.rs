@@ -6,9 +6,12 @@
 //! is the only directory that has one whatever became of the file's name. It is opened once,
 //! before the process gives up its root; look-ups relative to the descriptor go on working after.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
-use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, fstatfs, openat};
+use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, fstatfs, openat, readlinkat};
 use rustix::io::{Errno, Result};
 use rustix::path::DecInt;
 
@@ -40,6 +43,12 @@ impl ProcSelfFd {
     /// The name of `file` in this directory.
     pub(crate) fn name(file: BorrowedFd<'_>) -> DecInt {
         DecInt::from_fd(file)
+    }
+
+    /// Where the file behind `file` is, as far as the kernel knows.
+    pub(crate) fn path(&self, file: BorrowedFd<'_>) -> Result<PathBuf> {
+        let path = readlinkat(&self.directory, Self::name(file), Vec::new())?;
+        Ok(PathBuf::from(OsString::from_vec(path.into_bytes())))
     }
 
     /// Opens the file behind `file` anew. The caller knows that it is a regular file or directory:

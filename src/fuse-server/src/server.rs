@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use crate::arguments::Arguments;
 use crate::buffer::{ReplyBuffer, RequestBuffer};
 use crate::call::{Answer, Call};
+use crate::complaints::Complaints;
 use crate::error::ServerError;
 use crate::handle::Handles;
 use crate::inode::{Found, Inodes, Key};
@@ -37,6 +38,7 @@ pub struct Server {
     pub(crate) handles: Handles,
     pub(crate) quota: Quota,
     session: RwLock<Option<Session>>,
+    complaints: Complaints,
 }
 
 /// What names the folder at `path` below `root`.
@@ -90,6 +92,7 @@ impl Server {
             handles: Handles::default(),
             quota,
             session: RwLock::default(),
+            complaints: Complaints::default(),
         })
     }
 
@@ -129,7 +132,10 @@ impl Server {
         }
         let (length, error) = match outcome {
             Ok(body) => (body.saturating_add(OutHeader::SIZE), 0),
-            Err(errno) => (OutHeader::SIZE, errno.raw_os_error().saturating_neg()),
+            Err(errno) => {
+                self.complain(errno, header.nodeid);
+                (OutHeader::SIZE, errno.raw_os_error().saturating_neg())
+            }
         };
         let Ok(wire_length) = u32::try_from(length) else {
             return 0;
@@ -252,6 +258,18 @@ impl Server {
             Opcode::Listxattr => self.listxattr(call),
             Opcode::Removexattr => self.removexattr(call),
         }
+    }
+
+    /// Tells the operator where the host fails: the guest has the error as well, but can't help it.
+    fn complain(&self, errno: Errno, node: u64) {
+        if !matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::IO) || !self.complaints.are_due() {
+            return;
+        }
+        let inode = self.inodes.get(node);
+        let file = inode.and_then(|inode| self.proc.path(inode.as_fd()));
+        // Its name is the guest's choice.
+        let file = file.unwrap_or_default();
+        tracing::warn!(?file, error = %std::io::Error::from(errno), "the host can't do what the guest asks of a shared file");
     }
 
     fn init(&self, call: &mut Call<'_>) -> Answer {

@@ -9,13 +9,14 @@ use std::time::Duration;
 use protocols::agent::agent::{
     AddARPNeighborsRequest, CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest,
     DestroySandboxRequest, ExecProcessRequest, GetOOMEventRequest, OnlineCPUMemRequest,
-    PauseContainerRequest, ReadStreamRequest, RemoveContainerRequest, ResumeContainerRequest,
-    Routes, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, Storage, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WriteStreamRequest,
+    PauseContainerRequest, ReadStreamRequest, RemoveContainerRequest, ResizeVolumeRequest,
+    ResumeContainerRequest, Routes, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, StatsContainerResponse, Storage, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateEphemeralMountsRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use protocols::agent::agent_ttrpc::AgentServiceClient;
+use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::oci::LinuxResources;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -340,6 +341,29 @@ impl Agent {
         self.answer("resize the terminal", result).await.map(drop)
     }
 
+    /// What the file system of a volume holds.
+    pub(crate) async fn volume_stats(&self, point: &str) -> Result<VolumeStatsResponse> {
+        let request = VolumeStatsRequest {
+            volume_guest_path: point.to_owned(),
+            ..Default::default()
+        };
+        let result = self.client.get_volume_stats(self.bounded(), &request).await;
+        let answer = self.answer("read the volume's statistics", result).await;
+        answer.map_err(begin_failed)
+    }
+
+    /// The file system of a volume takes `size` bytes of its disk.
+    pub(crate) async fn resize_volume(&self, point: &str, size: u64) -> Result<()> {
+        let request = ResizeVolumeRequest {
+            volume_guest_path: point.to_owned(),
+            size,
+            ..Default::default()
+        };
+        let result = self.client.resize_volume(self.bounded(), &request).await;
+        let answer = self.answer("resize the volume", result).await;
+        answer.map(drop).map_err(begin_failed)
+    }
+
     /// Waits for a container to run out of memory; which one.
     pub(crate) async fn out_of_memory(&self) -> Result<String> {
         let request = GetOOMEventRequest::default();
@@ -370,8 +394,8 @@ fn within(limit: Duration) -> CallContext {
     ttrpc::context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
 }
 
-/// For calls that bring a process up. Their "not found" is about a command or a user, and must
-/// not tell containerd that the task is gone.
+/// For calls whose "not found" is about something in the guest, a command or a user or a mount, and
+/// must not tell containerd that the task is gone, nor `kata-ctl` that another sandbox has the volume.
 fn begin_failed(error: ShimError) -> ShimError {
     match error.kind() {
         Kind::NotFound => ShimError::new(Kind::Internal, error.chain()),

@@ -19,6 +19,7 @@ mod events;
 mod hooks;
 mod kata_ctl;
 mod logging;
+mod management;
 mod mount;
 mod network;
 mod paths;

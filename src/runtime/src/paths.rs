@@ -20,9 +20,25 @@ pub(crate) fn sandbox_name(namespace: &str, id: &str) -> String {
     }
 }
 
+/// Where each sandbox has its own folder.
+const SANDBOXES: &str = "/run/kata";
+
+/// The name of a sandbox's management socket.
+pub(crate) const MONITOR: &str = "shim-monitor.sock";
+
+/// The folders of all sandboxes.
+pub(crate) fn sandboxes() -> &'static Path {
+    Path::new(SANDBOXES)
+}
+
 /// A sandbox's own folder: sockets and the journal.
 pub(crate) fn sandbox(sandbox: &str) -> PathBuf {
-    Path::new("/run/kata").join(sandbox)
+    Path::new(SANDBOXES).join(sandbox)
+}
+
+/// The sandbox's management socket.
+pub(crate) fn monitor(sandbox_id: &str) -> PathBuf {
+    sandbox(sandbox_id).join(MONITOR)
 }
 
 /// The host's end of the guest's vsock.
@@ -73,6 +89,7 @@ mod tests {
         assert_ne!(one, shim_socket("/c.sock", "defaul", "ta"));
         // A Unix socket's path holds 107 bytes.
         assert!(one.as_os_str().len() < 108);
+        assert!(monitor(&"x".repeat(76)).as_os_str().len() < 108);
         assert!(vsock(&"x".repeat(76)).as_os_str().len() < 108);
     }
 }

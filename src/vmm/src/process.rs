@@ -216,6 +216,7 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
                     Err(text) => Event::Failed(text),
                 }
             }
+            Request::GrowBlock { id } => outcome(machine.grow_block(&id)),
             Request::ResizeMemory { mib } => outcome(machine.resize_memory(mib)),
             Request::ResizeVcpus { count } => outcome(machine.resize_vcpus(count)),
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),

@@ -10,9 +10,11 @@
 )]
 
 mod configuration;
+mod direct;
 mod disks;
 mod exercisers;
 mod files;
+mod full;
 mod memory;
 mod size;
 

@@ -85,13 +85,7 @@ impl Place {
                 command = containerd_2(sandboxer)?;
                 &["--package", "tests", "--test", "pods"]
             }
-            _ => {
-                if name == "volumes" {
-                    let tools = [any("e2fsprogs"), any("mount")];
-                    packages::ensure("disks of the suite volumes", &tools)?;
-                }
-                &["--package", "tests", "--test", name]
-            }
+            _ => &["--package", "tests", "--test", name],
         };
         let binary = build::test_binary(Profile::Quick, linkage, target)?;
         command.push(binary.to_string_lossy().into_owned());
@@ -252,7 +246,10 @@ fn containerd_2(sandboxer: &str) -> Result<Vec<String>> {
 
 /// Assignments that name the programs which try a file system out. Static: they run in containers.
 fn exercisers() -> Result<Vec<String>> {
-    packages::ensure("trying file systems out", &[any("e2fsprogs")])?;
+    packages::ensure(
+        "trying file systems out",
+        &[any("e2fsprogs"), any("mount"), any("xfsprogs")],
+    )?;
     let mut assignments = vec!["env".to_owned()];
     for (variable, name, version) in EXERCISERS {
         let program = crates::program(name, version, Linkage::Static)?;

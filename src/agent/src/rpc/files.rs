@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Calls about files of the guest: CopyFile, and the statistics of volumes.
+//! CopyFile: files that the runtime puts into the guest.
 
 use std::fs::File;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path};
 
-use protobuf::EnumOrUnknown;
 use protocols::agent::agent::CopyFileRequest;
-use protocols::agent::csi::{VolumeStatsResponse, VolumeUsage, volume_usage};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fstat, fstatvfs,
-    mkdirat, openat, openat2, renameat, symlinkat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, mkdirat, openat,
+    openat2, renameat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
-use crate::error::{AgentError, Context as _, Kind, Result};
+use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, Target};
 
 /// Copies go below this folder only.
@@ -152,49 +150,6 @@ fn remove(folder: &OwnedFd, name: &str) -> Result<()> {
     }
 }
 
-/// GetVolumeStats.
-///
-/// # Errors
-///
-/// NOT_FOUND for a volume that is not there.
-pub(super) fn volume_stats(path: &str) -> Result<VolumeStatsResponse> {
-    let context = || format!("volume {path:?}");
-    let volume =
-        openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|error| {
-            match error {
-                Errno::NOENT => AgentError::io(context(), error).with_kind(Kind::NotFound),
-                error => AgentError::io(context(), error),
-            }
-        })?;
-    fstat(volume.as_fd()).context(context)?;
-    let all = fstatvfs(&volume).context(context)?;
-    let bytes = |blocks: u64| blocks.saturating_mul(all.f_frsize);
-    let usage = |available, total, free: u64, unit| VolumeUsage {
-        available,
-        total,
-        used: u64::saturating_sub(total, free),
-        unit: EnumOrUnknown::new(unit),
-        ..VolumeUsage::default()
-    };
-    Ok(VolumeStatsResponse {
-        usage: vec![
-            usage(
-                bytes(all.f_bavail),
-                bytes(all.f_blocks),
-                bytes(all.f_bfree),
-                volume_usage::Unit::BYTES,
-            ),
-            usage(
-                all.f_favail,
-                all.f_files,
-                all.f_ffree,
-                volume_usage::Unit::INODES,
-            ),
-        ],
-        ..VolumeStatsResponse::default()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -265,14 +220,5 @@ mod tests {
         let mut long = request(&below.join("x"), b"x");
         long.file_size = 0;
         copy_below(&below, &long).unwrap_err();
-    }
-
-    #[test]
-    fn a_volume_has_a_size() {
-        let place = tempfile::tempdir().unwrap();
-        let stats = volume_stats(place.path().to_str().unwrap()).unwrap();
-        assert!(stats.usage[0].total > 0);
-        let error = volume_stats("/no/such/volume").unwrap_err();
-        assert_eq!(error.kind(), Kind::NotFound);
     }
 }

@@ -26,10 +26,9 @@ use protocols::agent::agent::{
 use protocols::agent::agent_ttrpc::AgentService;
 use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::types::Interface;
-use tokio::task::spawn_blocking;
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{files, guest, iptables, metrics};
+use super::{blocking, files, guest, iptables, metrics, volumes};
 use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
 use crate::network;
@@ -58,16 +57,6 @@ async fn finish<T: Send + 'static>(
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     match tokio::spawn(work).await {
-        Ok(result) => result,
-        Err(error) => Err(AgentError::internal(format!("task: {error}"))),
-    }
-}
-
-/// Runs work that may wait for a file system on a thread of its own.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    match spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(AgentError::internal(format!("task: {error}"))),
     }
@@ -458,15 +447,18 @@ impl AgentService for Agent {
         _: &TtrpcContext,
         request: VolumeStatsRequest,
     ) -> ttrpc::Result<VolumeStatsResponse> {
-        Ok(blocking(move || files::volume_stats(&request.volume_guest_path)).await?)
+        Ok(blocking(move || volumes::stats(&request.volume_guest_path)).await?)
     }
 
     async fn resize_volume(
         &self,
         _: &TtrpcContext,
-        _: ResizeVolumeRequest,
+        request: ResizeVolumeRequest,
     ) -> ttrpc::Result<Empty> {
-        unimplemented("a volume of the guest is as large as what it is on")
+        let patience = self.sandbox.hotplug_timeout;
+        let resize = volumes::resize(request.volume_guest_path, request.size, patience);
+        finish(resize).await?;
+        Ok(Empty::new())
     }
 
     async fn set_policy(&self, _: &TtrpcContext, _: SetPolicyRequest) -> ttrpc::Result<Empty> {

@@ -3,6 +3,7 @@
 
 pub(crate) mod bpf;
 pub(crate) mod clone;
+pub(crate) mod grow;
 pub(crate) mod mount;
 pub(crate) mod net;
 pub(crate) mod port;

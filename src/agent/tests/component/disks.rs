@@ -5,22 +5,25 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use protobuf::MessageField;
 use protocols::agent::agent::{
-    CreateContainerRequest, Device, FSGroup, GuestDetailsRequest, Storage,
+    CreateContainerRequest, Device, FSGroup, GuestDetailsRequest, ResizeVolumeRequest, Storage,
+    VolumeStatsRequest,
 };
 use protocols::agent::oci;
 use rustix::fs::{major, minor};
 use tempfile::TempDir;
+use tokio::time::sleep;
 
 use crate::rig::{Rig, ctx, mount, refusal, texts};
 
 /// A loop device with an ext4 file system, detached with this value.
 struct Disk {
     node: PathBuf,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Disk {
@@ -34,12 +37,21 @@ impl Disk {
             .arg(&image))?;
         Ok(Self {
             node: node.into(),
-            _folder: folder,
+            folder,
         })
     }
 
     fn name(&self) -> String {
         self.node.display().to_string()
+    }
+
+    fn grow(&self, bytes: u64) -> Result<()> {
+        let image = self.folder.path().join("image");
+        File::options().write(true).open(image)?.set_len(bytes)?;
+        run(Command::new("losetup")
+            .arg("--set-capacity")
+            .arg(&self.node))
+        .map(drop)
     }
 
     /// Whether a file system is mounted from it.
@@ -311,5 +323,44 @@ async fn devices_of_other_kinds_are_refused_with_the_reason() -> Result<()> {
         assert!(message.contains(word), "{type_}: {message}");
         assert_eq!(is, code, "{message}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_file_system_takes_what_its_disk_has_got() -> Result<()> {
+    let rig = Rig::new().await?;
+    let disk = Disk::new()?;
+    let storage = storage(&disk.name(), &[]);
+    let mut wanted = request("one", rig.spec("one", &["true"])?);
+    wanted.storages = vec![storage.clone()];
+    rig.agent.create_container(ctx(), &wanted).await?;
+    let resize = |size| ResizeVolumeRequest {
+        volume_guest_path: storage.mount_point.clone(),
+        size,
+        ..ResizeVolumeRequest::default()
+    };
+    let larger = 48 << 20;
+    let (code, message) = refusal(rig.agent.resize_volume(ctx(), &resize(larger)).await);
+    assert_eq!(code, 9, "{message}");
+    assert!(message.contains("its disk has 16777216 bytes"), "{message}");
+    // It grows while the agent waits for that.
+    let grow = async {
+        sleep(Duration::from_millis(100)).await;
+        disk.grow(larger)
+    };
+    let request = resize(larger);
+    let (resized, grown) = tokio::join!(rig.agent.resize_volume(ctx(), &request), grow);
+    grown?;
+    resized?;
+    let request = VolumeStatsRequest {
+        volume_guest_path: storage.mount_point.clone(),
+        ..VolumeStatsRequest::default()
+    };
+    let stats = rig.agent.get_volume_stats(ctx(), &request).await?;
+    assert!(stats.usage[0].total > 32 << 20, "{stats:?}");
+    let (_, message) = refusal(rig.agent.resize_volume(ctx(), &resize(16 << 20)).await);
+    assert!(message.contains("can't have 16777216"), "{message}");
+    rig.remove("one").await?;
+    assert!(!disk.is_in_use());
     Ok(())
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `kata-ctl`: what the runtime would go by, whether this host has what it needs, and what storage
-//! drivers tell it.
+//! drivers tell it and ask of it.
 
 mod check;
 mod environment;
@@ -11,8 +11,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Named, Sourced};
-use crate::disk;
 use crate::error::{Kind, Result, ShimError};
+use crate::{disk, management};
 
 const HELP: &str = "\
 usage: kata-ctl COMMAND [OPTION...]
@@ -23,6 +23,8 @@ commands:
   env      versions, files and the host in TOML
   direct-volume add     a volume's path stands for a file system on a disk, which guests mount
   direct-volume remove  it does so no longer
+  direct-volume stats   what a mounted volume holds, as JSON in CSI's words
+  direct-volume resize  a mounted volume takes so much of its disk, which has grown
   version  this program's version
 
 options:
@@ -31,6 +33,7 @@ options:
   --json                    of env: JSON
   --volume-path PATH        of direct-volume: what is bound into containers
   --mount-info JSON         of direct-volume add: device, fstype, options and so on
+  --size BYTES              of direct-volume resize: the new size
 ";
 
 /// The command line.
@@ -42,6 +45,7 @@ struct Arguments {
     json: bool,
     volume: Option<PathBuf>,
     mount_info: Option<String>,
+    size: Option<u64>,
 }
 
 /// Runs a command; what it prints, and whether all is well.
@@ -62,6 +66,13 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<(String, 
         }
         "direct-volume remove" => {
             disk::remove_volume(arguments.volume()?).map(|()| (String::new(), true))
+        }
+        "direct-volume stats" => {
+            management::volume_stats(arguments.volume()?).map(|stats| (format!("{stats}\n"), true))
+        }
+        "direct-volume resize" => {
+            let size = arguments.size.ok_or_else(|| missing("--size"))?;
+            management::resize_volume(arguments.volume()?, size).map(|()| (String::new(), true))
         }
         "version" => Ok((
             format!("kata-ctl (Nutshell) {}\n", env!("CARGO_PKG_VERSION")),
@@ -101,12 +112,13 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
         "check" => &["--file"],
         "env" => &["--file", "--json"],
         "direct-volume add" => &["--volume-path", "--mount-info"],
-        "direct-volume remove" => &["--volume-path"],
+        "direct-volume remove" | "direct-volume stats" => &["--volume-path"],
+        "direct-volume resize" => &["--volume-path", "--size"],
         "version" | "--version" | "help" | "--help" | "-h" => &[],
         other => {
             return Err(invalid(format!(
                 "unknown command {other:?}: there are config, check, env, direct-volume add, \
-                 direct-volume remove, version, help"
+                 direct-volume remove, direct-volume stats, direct-volume resize, version, help"
             )));
         }
     };
@@ -134,6 +146,11 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
             "--file" => parsed.file = Some(value.into()),
             "--volume-path" => parsed.volume = Some(value.into()),
             "--mount-info" => parsed.mount_info = Some(value),
+            "--size" => {
+                let size = value.parse().ok().filter(|size| *size > 0);
+                let size = size.ok_or_else(|| invalid(format!("--size {value:?}: wants bytes")))?;
+                parsed.size = Some(size);
+            }
             _ => {
                 let (name, value) = value
                     .split_once('=')
@@ -173,6 +190,8 @@ mod tests {
         assert_eq!(parsed.command, "direct-volume add");
         assert_eq!(parsed.volume, Some("/v".into()));
         assert_eq!(parsed.mount_info.as_deref(), Some("{}"));
+        let parsed = arguments("direct-volume resize --volume-path /v --size=4096").unwrap();
+        assert_eq!(parsed.size, Some(4096));
     }
 
     #[test]
@@ -187,6 +206,12 @@ mod tests {
                 "direct-volume remove --mount-info x",
                 "knows no \"--mount-info\"",
             ),
+            ("direct-volume stats --size 1", "knows no \"--size\""),
+            (
+                "direct-volume resize --size -1",
+                "--size \"-1\": wants bytes",
+            ),
+            ("direct-volume resize --size 0", "--size \"0\": wants bytes"),
             ("check --json", "check knows no \"--json\""),
             ("config --file", "--file wants a value"),
             (

@@ -182,6 +182,14 @@ impl Disks {
         plugged.disks = kept;
     }
 
+    /// The name of the disk of this identity in the machine, if it has it.
+    pub(super) async fn find(&self, identity: Identity) -> Option<String> {
+        let plugged = self.plugged.lock().await;
+        let mut disks = plugged.disks.iter();
+        let disk = disks.find(|disk| disk.identity == identity)?;
+        Some(disk.id.clone())
+    }
+
     fn askers(&self) -> MutexGuard<'_, HashSet<String>> {
         self.askers.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -20,6 +20,7 @@ mod plan;
 mod share;
 mod size;
 mod vm;
+mod volumes;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, stderr};
@@ -55,6 +56,7 @@ use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::management::Listener;
 use crate::network::{Namespace, Network, Place};
 use crate::paths;
 use crate::process::ProcessId;
@@ -87,6 +89,8 @@ pub(crate) struct Sandbox {
     namespace: Option<Arc<Namespace>>,
     /// Who forwards ports, until it begins.
     forwarder: Mutex<Option<Forwarder>>,
+    /// The socket of its management, until somebody is served there.
+    management: Mutex<Option<Listener>>,
 }
 
 /// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
@@ -103,6 +107,7 @@ pub(crate) struct Booting {
     disks: Disks,
     journal: Journal,
     network: Option<Network>,
+    management: Listener,
     begun: Instant,
 }
 
@@ -112,6 +117,7 @@ struct Started {
     cgroups: Cgroups,
     vm: Vm,
     network: Option<Network>,
+    management: Listener,
 }
 
 impl Booting {
@@ -127,6 +133,7 @@ impl Booting {
                 vm,
                 network,
                 cgroups,
+                management,
             }) => Ok(Self {
                 cgroups,
                 id: id.to_owned(),
@@ -142,6 +149,7 @@ impl Booting {
                 cpus,
                 journal,
                 network,
+                management,
                 begun: Instant::now(),
             }),
             Err(error) => {
@@ -172,6 +180,9 @@ impl Booting {
         journal.record(Object::File(vsock_path.clone()))?;
         let vsock = UnixListener::bind(&vsock_path)
             .internal(|| format!("listen at {}", vsock_path.display()))?;
+        let management_path = paths::monitor(name);
+        journal.record(Object::File(management_path.clone()))?;
+        let management = Listener::bind(&management_path)?;
         let share_path = paths::share(name);
         journal.make_folder(&share_path)?;
         let made = network::make(plan, config, journal)?;
@@ -225,6 +236,7 @@ impl Booting {
                 vm,
                 network,
                 cgroups,
+                management,
             }),
             Err(error) => {
                 if let Err(error) = share.close() {
@@ -273,6 +285,7 @@ impl Booting {
                     namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
                     network: self.network.map(|it| Arc::new(Mutex::new(it))),
                     forwarder: Mutex::new(forwarder),
+                    management: Mutex::new(Some(self.management)),
                 })
             }
             Err(error) => {
@@ -343,6 +356,7 @@ impl Sandbox {
             network: None,
             namespace: None,
             forwarder: Mutex::default(),
+            management: Mutex::default(),
         }
     }
 
@@ -364,6 +378,14 @@ impl Sandbox {
 
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Answers on the management socket until the machine ends.
+    pub(crate) async fn manage(self: Arc<Self>) {
+        let listener = self.management.lock().await.take();
+        if let Some(listener) = listener {
+            listener.serve(self).await;
+        }
     }
 
     /// Holds the machine to CPUs of the host, for one of its containers.

@@ -247,6 +247,13 @@ impl Vm {
         self.ask(&request, &[], what).await.map(drop)
     }
 
+    /// Has the guest see that a disk is larger than it was.
+    pub(crate) async fn grow_disk(&self, id: &str) -> Result<()> {
+        let request = Request::GrowBlock { id: id.to_owned() };
+        let what = || format!("grow the disk {id}");
+        self.ask(&request, &[], what).await.map(drop)
+    }
+
     /// Sends a request and waits for its answer.
     async fn ask(
         &self,

@@ -290,6 +290,7 @@ pub(super) async fn boot(
     tokio::spawn(report_out_of_memory(Arc::clone(shim), Arc::clone(&sandbox)));
     tokio::spawn(Arc::clone(&sandbox).watch_network());
     tokio::spawn(Arc::clone(&sandbox).forward_ports());
+    tokio::spawn(Arc::clone(&sandbox).manage());
     Ok((sandbox, disks))
 }
 

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +51,11 @@ pub enum Request {
     /// go of it and its file is closed. The guest loses it whether it is mounted or not: that
     /// nobody uses it any more is for the owner to see to.
     DetachBlock {
+        /// Its `Block::id`.
+        id: String,
+    },
+    /// The file of a disk has grown: the guest is to see all of it. Done means that it has been told.
+    GrowBlock {
         /// Its `Block::id`.
         id: String,
     },

@@ -128,8 +128,17 @@ pub enum MachineError {
     #[error("there is a device {0} already")]
     Twice(String),
     /// A name that nobody has, or a device that stays.
-    #[error("there is no device {0} that could be unplugged")]
+    #[error("there is no device {0} that could be unplugged or looked at again")]
     Missing(String),
+    /// What a device stands for has changed in a way that the guest can't follow.
+    #[error("can't tell the guest of the change of device {name}")]
+    Changed {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        #[source]
+        source: io::Error,
+    },
     /// More or less of something than the machine can have.
     #[error("this machine can have {least} to {most} {what}, not {asked}")]
     Size {
@@ -228,6 +237,14 @@ impl Machine {
     /// There is no such disk, or it is one that stays.
     pub fn request_detach_block(&self, id: &str) -> Result<String, MachineError> {
         self.request_detach(build::block_name(id))
+    }
+
+    /// Tells the guest that disk `id` is larger, if its file is.
+    ///
+    /// # Errors
+    /// There is no such disk, or it has become smaller.
+    pub fn grow_block(&self, id: &str) -> Result<(), MachineError> {
+        self.slots.look_again(&build::block_name(id))
     }
 
     fn request_detach(&self, name: String) -> Result<String, MachineError> {

@@ -97,6 +97,20 @@ impl Slots {
         Some(slot.number()).filter(|slot| layout::HOTPLUG_SLOTS.contains(slot))
     }
 
+    /// Has the device called `name` look again at what it stands for on the host.
+    pub(super) fn look_again(&self, name: &str) -> Result<(), MachineError> {
+        let plugged = self.lock();
+        let device = plugged.iter().find(|plugged| plugged.name == name);
+        let Some(device) = device.map(|plugged| Arc::clone(&plugged.function)) else {
+            return Err(MachineError::Missing(name.to_owned()));
+        };
+        drop(plugged);
+        device.look_again().map_err(|source| MachineError::Changed {
+            name: name.to_owned(),
+            source,
+        })
+    }
+
     /// Resets all devices: none touches guest memory any more.
     pub(super) fn reset(&self) {
         for plugged in &*self.lock() {

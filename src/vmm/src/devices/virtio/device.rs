@@ -157,6 +157,14 @@ pub trait VirtioDevice: Debug + Send {
     /// fields are ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// Looks again at what the device stands for on the host; whether that changed its configuration.
+    ///
+    /// # Errors
+    /// The host's word, or a change that no driver can follow; then nothing has changed.
+    fn look_again(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Starts the device.
     ///
     /// # Errors

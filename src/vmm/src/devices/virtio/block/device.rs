@@ -2,11 +2,12 @@
 //! The device: its configuration and its workers.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use fuse_server::Complaints;
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
@@ -62,7 +63,6 @@ pub enum BlockError {
 /// A disk.
 #[derive(Debug)]
 pub struct BlockDevice {
-    name: String,
     disk: Arc<Disk>,
     /// Sectors that the file keeps or gives back as one.
     discard_alignment: u32,
@@ -76,13 +76,14 @@ impl BlockDevice {
     /// Most queues.
     pub const MAX_QUEUES: u16 = crate::control::MAX_BLOCK_QUEUES;
 
-    /// A disk called `id` with the contents of `file`, as large as the file is now; bytes past
+    /// A disk called `id` with the contents of `file`, as large as the file is now, and larger once
+    /// `look_again` finds it grown; bytes past
     /// its last whole sector are not seen, nor, if it was opened with O_DIRECT, those past its last
     /// whole block. Each of its `queues` is served by a thread of its own.
     ///
     /// # Errors
     /// The name is too long, the file has no size or no sector, or there are too many queues.
-    pub fn new(id: &str, mut file: File, read_only: bool, queues: u16) -> Result<Self, BlockError> {
+    pub fn new(id: &str, file: File, read_only: bool, queues: u16) -> Result<Self, BlockError> {
         if !(1..=Self::MAX_QUEUES).contains(&queues) {
             let max = Self::MAX_QUEUES;
             return Err(BlockError::Queues { max, queues });
@@ -90,27 +91,23 @@ impl BlockDevice {
         let mut serial = [0; SERIAL_LEN];
         let slot = serial.get_mut(..id.len()).ok_or(BlockError::Id)?;
         slot.copy_from_slice(id.as_bytes());
-        // Works for a block device too, where the metadata says 0.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(BlockError::Size)?;
         let direct = Direct::of(&file).map_err(BlockError::Direct)?;
-        // A file that is read and written by whole blocks is not seen past the last of them.
-        let block = direct.as_ref().map_or(SECTOR, Direct::block);
-        let rest = bytes.checked_rem(block).unwrap_or_default();
-        let sectors = bytes.saturating_sub(rest) / SECTOR;
+        let sectors = Disk::count_sectors(&file, direct.as_ref()).map_err(BlockError::Size)?;
         if sectors == 0 {
             return Err(BlockError::Empty);
         }
         let block = file.metadata().map_err(BlockError::Size)?.blksize();
         let discard_alignment = u32::try_from(block / SECTOR).unwrap_or_default();
         Ok(Self {
-            name: format!("block-{id}"),
             disk: Arc::new(Disk {
+                name: format!("block-{id}"),
                 file,
                 direct,
-                sectors,
+                sectors: AtomicU64::new(sectors),
                 filled: AtomicU64::new(0),
                 read_only,
                 serial,
+                complaints: Complaints::default(),
             }),
             discard_alignment: discard_alignment.max(1),
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
@@ -138,7 +135,7 @@ impl BlockDevice {
             if queue.index() > 0 && !several {
                 continue;
             }
-            let name = format!("{}-{}", self.name, queue.index());
+            let name = format!("{}-{}", self.disk.name, queue.index());
             let handler = Handler {
                 disk: Arc::clone(&self.disk),
                 memory: memory.clone(),
@@ -192,7 +189,7 @@ impl VirtioDevice for BlockDevice {
                 *to = *from;
             }
         };
-        put(0, &self.disk.sectors.to_le_bytes());
+        put(0, &self.disk.sectors().to_le_bytes());
         put(12, &segments.to_le_bytes());
         put(20, &sector.to_le_bytes());
         if self.queue_sizes.len() > 1 {
@@ -209,6 +206,19 @@ impl VirtioDevice for BlockDevice {
             put(56, &[1]);
         }
         read_config(&config, offset, data);
+    }
+
+    fn look_again(&mut self) -> io::Result<bool> {
+        let disk = &self.disk;
+        let sectors = Disk::count_sectors(&disk.file, disk.direct.as_ref())?;
+        let before = disk.sectors();
+        if sectors < before {
+            return Err(io::Error::other(format!(
+                "it has shrunk from {before} sectors to {sectors}"
+            )));
+        }
+        disk.sectors.store(sectors, Ordering::Relaxed);
+        Ok(sectors > before)
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

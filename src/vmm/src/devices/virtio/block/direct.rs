@@ -4,13 +4,13 @@
 //! anywhere; where it doesn't fit, it goes by way of a buffer that does.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, ioctl_blksszget, statx};
 
-use super::request::{Buffers, IO_ERROR, SECTOR};
+use super::request::{Buffers, SECTOR};
 
 /// Bytes moved through the buffer at a time, or a block if that is more.
 const PIECE: usize = 256 << 10;
@@ -77,14 +77,15 @@ impl Direct {
         file: &File,
         mut buffers: Buffers<'_>,
         mut offset: u64,
-    ) -> Result<(), u8> {
+    ) -> io::Result<()> {
         let mut bounce = Bounce::new(self, &buffers);
         while let Some(span) = self.span(offset, &buffers) {
             let blocks = bounce.get(span.blocks)?;
-            let read = file.read_exact_at(blocks, span.start);
-            read.map_err(|_| IO_ERROR)?;
-            let (_, bytes) = blocks.split_at_checked(span.skip).ok_or(IO_ERROR)?;
-            buffers.write(bytes.get(..span.len).ok_or(IO_ERROR)?);
+            file.read_exact_at(blocks, span.start)?;
+            let (_, bytes) = blocks
+                .split_at_checked(span.skip)
+                .ok_or(ErrorKind::InvalidInput)?;
+            buffers.write(bytes.get(..span.len).ok_or(ErrorKind::InvalidInput)?);
             buffers.skip(span.len);
             offset = span.end();
         }
@@ -97,7 +98,7 @@ impl Direct {
         file: &File,
         mut buffers: Buffers<'_>,
         mut offset: u64,
-    ) -> Result<(), u8> {
+    ) -> io::Result<()> {
         let mut bounce = Bounce::new(self, &buffers);
         while let Some(span) = self.span(offset, &buffers) {
             let partial = span.len != span.blocks;
@@ -106,14 +107,14 @@ impl Direct {
             let _shared = (!partial).then(|| self.share());
             let blocks = bounce.get(span.blocks)?;
             if partial {
-                let read = file.read_exact_at(blocks, span.start);
-                read.map_err(|_| IO_ERROR)?;
+                file.read_exact_at(blocks, span.start)?;
             }
-            let (_, bytes) = blocks.split_at_mut_checked(span.skip).ok_or(IO_ERROR)?;
-            let bytes = bytes.get_mut(..span.len).ok_or(IO_ERROR)?;
-            buffers.read(bytes).ok_or(IO_ERROR)?;
-            let written = file.write_all_at(blocks, span.start);
-            written.map_err(|_| IO_ERROR)?;
+            let (_, bytes) = blocks
+                .split_at_mut_checked(span.skip)
+                .ok_or(ErrorKind::InvalidInput)?;
+            let bytes = bytes.get_mut(..span.len).ok_or(ErrorKind::InvalidInput)?;
+            buffers.read(bytes).ok_or(ErrorKind::InvalidInput)?;
+            file.write_all_at(blocks, span.start)?;
             buffers.skip(span.len);
             offset = span.end();
         }
@@ -183,8 +184,9 @@ impl Bounce {
         Self { bytes, start }
     }
 
-    fn get(&mut self, len: usize) -> Result<&mut [u8], u8> {
-        let end = self.start.checked_add(len).ok_or(IO_ERROR)?;
-        self.bytes.get_mut(self.start..end).ok_or(IO_ERROR)
+    fn get(&mut self, len: usize) -> io::Result<&mut [u8]> {
+        let end = self.start.checked_add(len).ok_or(ErrorKind::InvalidInput)?;
+        let bytes = self.bytes.get_mut(self.start..end);
+        Ok(bytes.ok_or(ErrorKind::InvalidInput)?)
     }
 }

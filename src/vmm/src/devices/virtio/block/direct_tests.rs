@@ -9,6 +9,7 @@ use std::sync::Barrier;
 use std::sync::atomic::AtomicU64;
 use std::thread;
 
+use fuse_server::Complaints;
 use rustix::fs::OFlags;
 
 use super::BlockDevice;
@@ -21,12 +22,14 @@ const SECTORS: u64 = 2048;
 
 fn disk(file: File, direct: Option<Direct>) -> Disk {
     Disk {
+        name: "disk".to_owned(),
         file,
         direct,
-        sectors: SECTORS,
+        sectors: AtomicU64::new(SECTORS),
         filled: AtomicU64::new(0),
         read_only: false,
         serial: [0; SERIAL_LEN],
+        complaints: Complaints::default(),
     }
 }
 

@@ -155,7 +155,7 @@ impl Disk {
             // Not on this file system, not with this kind of file, not at this place: a block
             // device takes whole blocks of its own only.
             Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL) => Ok(false),
-            Err(_) => Err(IO_ERROR),
+            Err(error) => Err(self.failed(&error.into())),
         }
     }
 }

@@ -3,10 +3,12 @@
 //! byte that it writes. The header is copied once and only the copy is looked at; data goes
 //! between file and guest memory with no copy between, but for what O_DIRECT can't move.
 
-use std::fs::File;
-use std::io;
-use std::sync::atomic::AtomicU64;
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use fuse_server::Complaints;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
@@ -39,14 +41,18 @@ pub(super) const UNSUPPORTED: u8 = 2;
 /// What requests work on.
 #[derive(Debug)]
 pub(super) struct Disk {
+    /// In logs.
+    pub(super) name: String,
     pub(super) file: File,
     /// How to go about it, if it was opened with O_DIRECT.
     pub(super) direct: Option<Direct>,
-    pub(super) sectors: u64,
+    /// How many it has; they may become more.
+    pub(super) sectors: AtomicU64,
     /// Bytes written to fill ranges with zeroes, which a request has none of, and not paid for yet.
     pub(super) filled: AtomicU64,
     pub(super) read_only: bool,
     pub(super) serial: [u8; SERIAL_LEN],
+    pub(super) complaints: Complaints,
 }
 
 /// Buffers of guest memory in the driver's order.
@@ -59,7 +65,22 @@ type Outcome = Result<usize, u8>;
 impl Disk {
     /// What it holds.
     pub(super) fn bytes(&self) -> u64 {
-        self.sectors.saturating_mul(SECTOR)
+        self.sectors().saturating_mul(SECTOR)
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Relaxed)
+    }
+
+    /// As many sectors as its file has now; bytes past the last whole sector don't count, nor, past
+    /// the host's page cache, those past the last whole block.
+    pub(super) fn count_sectors(file: &File, direct: Option<&Direct>) -> io::Result<u64> {
+        // Works for a block device too, where the metadata says 0. Nobody reads from where it is then.
+        let mut file = file;
+        let bytes = file.seek(SeekFrom::End(0))?;
+        let block = direct.map_or(SECTOR, Direct::block);
+        let rest = bytes.checked_rem(block).unwrap_or_default();
+        Ok(bytes.saturating_sub(rest) / SECTOR)
     }
 
     /// Serves the request in `chain` of a driver that agreed on `features`, and returns the bytes
@@ -138,7 +159,7 @@ impl Disk {
     /// The first byte of `count` sectors from `sector` on, if the disk has all of them.
     pub(super) fn offset(&self, sector: u64, count: u64) -> Result<u64, u8> {
         let end = sector.checked_add(count).ok_or(IO_ERROR)?;
-        if end > self.sectors {
+        if end > self.sectors() {
             return Err(IO_ERROR);
         }
         sector.checked_mul(SECTOR).ok_or(IO_ERROR)
@@ -146,18 +167,18 @@ impl Disk {
 
     pub(super) fn read(&self, buffers: Buffers<'_>, offset: u64) -> Result<(), u8> {
         match &self.direct {
-            Some(direct) if !direct.fits(&buffers, offset) => {
-                direct.read(&self.file, buffers, offset)
-            }
+            Some(direct) if !direct.fits(&buffers, offset) => direct
+                .read(&self.file, buffers, offset)
+                .map_err(|error| self.failed(&error)),
             _ => self.transfer(buffers, offset, vectored::read_at),
         }
     }
 
     pub(super) fn write(&self, buffers: Buffers<'_>, offset: u64) -> Result<(), u8> {
         match &self.direct {
-            Some(direct) if !direct.fits(&buffers, offset) => {
-                direct.write(&self.file, buffers, offset)
-            }
+            Some(direct) if !direct.fits(&buffers, offset) => direct
+                .write(&self.file, buffers, offset)
+                .map_err(|error| self.failed(&error)),
             direct => {
                 let _shared = direct.as_ref().map(Direct::share);
                 self.transfer(buffers, offset, vectored::write_at)
@@ -172,10 +193,11 @@ impl Disk {
         call: impl Fn(&File, &[VolatileSlice<'_>], u64) -> io::Result<usize>,
     ) -> Result<(), u8> {
         while !buffers.0.is_empty() {
-            // None at all: the file has become shorter than the disk.
             let done = match call(&self.file, &buffers.0, offset) {
                 Ok(done) if done > 0 => done,
-                _ => return Err(IO_ERROR),
+                // The file has become shorter than the disk.
+                Ok(_) => return Err(self.failed(&io::ErrorKind::UnexpectedEof.into())),
+                Err(error) => return Err(self.failed(&error)),
             };
             buffers.skip(done);
             let step = u64::try_from(done).unwrap_or(u64::MAX);
@@ -194,7 +216,19 @@ impl Disk {
     }
 
     fn flush(&self) -> Result<(), u8> {
-        self.file.sync_data().map_err(|_| IO_ERROR)
+        self.file.sync_data().map_err(|error| self.failed(&error))
+    }
+
+    /// The status of a request that the host has failed. The operator hears of it, for the guest can't
+    /// help it; where the kernel can say so, by the name of the file.
+    pub(super) fn failed(&self, error: &io::Error) -> u8 {
+        if self.complaints.are_due() {
+            let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let file = fs::read_link(link).unwrap_or_default();
+            let disk = &self.name;
+            tracing::warn!(disk, ?file, %error, "the host can't do what the guest asks of a disk");
+        }
+        IO_ERROR
     }
 }
 

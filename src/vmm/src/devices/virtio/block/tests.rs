@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::AtomicU64;
 
+use fuse_server::Complaints;
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -73,12 +74,14 @@ impl Fixture {
         let mut serial = [0; SERIAL_LEN];
         serial[..4].copy_from_slice(b"root");
         let disk = Disk {
+            name: "disk".to_owned(),
             file,
             direct: None,
-            sectors,
+            sectors: AtomicU64::new(sectors),
             filled: AtomicU64::new(0),
             read_only,
             serial,
+            complaints: Complaints::default(),
         };
         Self {
             memory,
@@ -475,12 +478,8 @@ fn longer_ranges_than_offered_are_refused() {
     for (kind, max, flags) in [(DISCARD, MAX_DISCARD, 0), (WRITE_ZEROES, MAX_ZEROES, UNMAP)] {
         // Of a file that holds nothing, so that it costs nothing.
         let mut fixture = Fixture::in_memory(1);
-        fixture.disk.sectors = u64::from(max) + 1;
-        fixture
-            .disk
-            .file
-            .set_len(fixture.disk.sectors * 512)
-            .unwrap();
+        *fixture.disk.sectors.get_mut() = u64::from(max) + 1;
+        fixture.disk.file.set_len(fixture.disk.bytes()).unwrap();
         assert_eq!(fixture.clear(kind, &[(0, max + 1, flags)]), IO_ERROR);
         assert_eq!(fixture.clear(kind, &[(1, max, flags)]), OK);
     }
@@ -566,4 +565,26 @@ fn files_that_are_no_disk_are_told() {
         BlockDevice::new("a", pipe, true, 1),
         Err(BlockError::Size(_))
     ));
+}
+
+#[test]
+fn a_disk_grows_with_its_file_and_never_shrinks() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4 * 512).unwrap();
+    let mut device = BlockDevice::new("a", file.try_clone().unwrap(), false, 1).unwrap();
+    let capacity = |device: &BlockDevice| {
+        let mut sectors = [0; 8];
+        device.read_config(0, &mut sectors);
+        u64::from_le_bytes(sectors)
+    };
+    assert!(!device.look_again().unwrap());
+    // Not by a part of a sector.
+    file.set_len(9 * 512 + 1).unwrap();
+    assert_eq!(capacity(&device), 4);
+    assert!(device.look_again().unwrap());
+    assert_eq!(capacity(&device), 9);
+    file.set_len(512).unwrap();
+    let error = device.look_again().unwrap_err().to_string();
+    assert!(error.contains("from 9 sectors to 1"), "{error}");
+    assert_eq!(capacity(&device), 9);
 }

@@ -137,6 +137,18 @@ impl VirtioPciFunction {
         self.reset_locked(&mut self.lock());
     }
 
+    /// Has the device look again at what it stands for, and tells the driver if that has changed it.
+    ///
+    /// # Errors
+    /// See `VirtioDevice::look_again`, or the driver can't be told.
+    pub fn look_again(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.device.look_again()? && state.active {
+            self.signal.signal_config()?;
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

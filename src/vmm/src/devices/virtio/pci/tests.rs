@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The transport as a driver sees it: through configuration space and BARs.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_queue::QueueT;
@@ -27,6 +28,7 @@ const WINDOW: u16 = 0x40 + 4 * 20 + 12;
 struct Seen {
     activation: Arc<Mutex<Option<Activation>>>,
     resets: Arc<AtomicUsize>,
+    changed: Arc<AtomicBool>,
     refuse: bool,
 }
 
@@ -50,6 +52,10 @@ impl VirtioDevice for MockDevice {
         for (byte, value) in data.iter_mut().zip(offset..) {
             *byte = value as u8;
         }
+    }
+
+    fn look_again(&mut self) -> io::Result<bool> {
+        Ok(self.0.changed.load(Ordering::SeqCst))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -242,6 +248,30 @@ fn a_failed_device_says_so_by_a_configuration_interrupt() {
     driver.interrupt().device_needs_reset();
     assert_eq!(driver.sent.take()[0].data, 0);
     assert_eq!(driver.status() & status::NEEDS_RESET, status::NEEDS_RESET);
+}
+
+#[test]
+fn a_device_that_finds_itself_changed_tells_a_driver_that_runs() {
+    let driver = Driver::new(Seen::default());
+    let changed = |changed| driver.seen.changed.store(changed, Ordering::SeqCst);
+    let generation = || {
+        let mut data = [0];
+        driver.function.read_bar(0, COMMON + 0x15, &mut data);
+        data[0]
+    };
+    changed(true);
+    driver.function.look_again().unwrap();
+    assert!(driver.sent.take().is_empty());
+    driver.start(0x1000);
+    changed(false);
+    driver.function.look_again().unwrap();
+    assert!(driver.sent.take().is_empty());
+    let before = generation();
+    changed(true);
+    driver.function.look_again().unwrap();
+    assert_eq!(driver.sent.take()[0].data, 0);
+    // What was read before and after doesn't go together.
+    assert_ne!(generation(), before);
 }
 
 #[test]
