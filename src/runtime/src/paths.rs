@@ -20,9 +20,12 @@ pub(crate) fn sandbox_name(namespace: &str, id: &str) -> String {
     }
 }
 
+/// Where the sandboxes' own folders are.
+pub(crate) const SANDBOXES: &str = "/run/kata";
+
 /// A sandbox's own folder: sockets and the journal.
 pub(crate) fn sandbox(sandbox: &str) -> PathBuf {
-    Path::new("/run/kata").join(sandbox)
+    Path::new(SANDBOXES).join(sandbox)
 }
 
 /// The host's end of the guest's vsock.
