@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `rootfs-builder --agent FILE --output FILE`: the guest image.
+//! `rootfs-builder --agent FILE [--shell FILE] --output FILE`: the guest image.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::Parser;
@@ -17,6 +17,9 @@ struct Arguments {
     /// The agent: a static x86-64 executable.
     #[arg(long)]
     agent: PathBuf,
+    /// A shell for the debug console, such as busybox: a static executable.
+    #[arg(long)]
+    shell: Option<PathBuf>,
     /// Where the image goes; replaced whole or not at all.
     #[arg(long)]
     output: PathBuf,
@@ -24,14 +27,11 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let agent = fs::read(&arguments.agent)
-        .with_context(|| format!("can't read the agent {}", arguments.agent.display()))?;
-    ensure!(
-        agent.starts_with(b"\x7fELF"),
-        "the agent {} is not an ELF executable",
-        arguments.agent.display()
-    );
-    let image = erofs::image(&tree::guest_image(agent)?)?;
+    let mut root = tree::guest_image(executable("agent", &arguments.agent)?)?;
+    if let Some(shell) = &arguments.shell {
+        tree::add_shell(&mut root, executable("shell", shell)?)?;
+    }
+    let image = erofs::image(&root)?;
     ensure!(
         image.len() <= MAX_IMAGE,
         "the image is {} bytes long; {MAX_IMAGE} is the limit",
@@ -41,4 +41,15 @@ fn main() -> anyhow::Result<()> {
     fs::write(&unfinished, &image)
         .and_then(|()| fs::rename(&unfinished, &arguments.output))
         .with_context(|| format!("can't write the image {}", arguments.output.display()))
+}
+
+fn executable(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
+    let content =
+        fs::read(path).with_context(|| format!("can't read the {what} {}", path.display()))?;
+    ensure!(
+        content.starts_with(b"\x7fELF"),
+        "the {what} {} is not an ELF executable",
+        path.display()
+    );
+    Ok(content)
 }

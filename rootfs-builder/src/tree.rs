@@ -111,6 +111,20 @@ pub fn guest_image(agent: Vec<u8>) -> Result<Node, TreeError> {
     Ok(root)
 }
 
+/// Gives an image a shell, for the debug console.
+///
+/// # Errors
+/// The image has one.
+pub fn add_shell(image: &mut Node, shell: Vec<u8>) -> Result<(), TreeError> {
+    image.insert(
+        "/bin/sh",
+        Node::File {
+            mode: 0o755,
+            content: shell,
+        },
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -64,7 +64,7 @@ pub(crate) fn install(prefix: &Path) -> Result<()> {
     let prefix = path::absolute(prefix).context("--prefix")?;
     check_writable(&prefix)?;
     let shim = build::runtime(Profile::Release)?;
-    let guest = guest::build(Profile::Release, Flavour::Release)?;
+    let guest = guest::build(Profile::Release, Flavour::Release, None)?;
     for file in files(&shim, &guest) {
         let to = file.place(&prefix);
         put(&file.from, &to, file.mode).with_context(|| format!("installing {}", to.display()))?;

@@ -117,6 +117,9 @@ struct GuestBuild {
     /// Build the agent as it is installed (slower to link)
     #[arg(long)]
     release: bool,
+    /// A static executable, such as busybox, that is the debug console's shell in an image of its own
+    #[arg(long, value_name = "FILE")]
+    shell: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -165,7 +168,7 @@ fn dispatch(action: Action) -> Result<u8> {
             } else {
                 Profile::Quick
             };
-            let guest = guest::build(profile, flavour)?;
+            let guest = guest::build(profile, flavour, options.shell.as_deref())?;
             println!(
                 "kernel {}\nimage  {}",
                 guest.kernel.display(),

@@ -53,7 +53,7 @@ pub(crate) fn run(mut command: Vec<String>) -> Result<u8> {
 fn on_host(argv: Vec<String>) -> Result<u8> {
     packages::ensure("running a container", &[any("containerd"), any("runc")])?;
     let shim = build::runtime(Profile::Quick)?;
-    let guest = guest::build(Profile::Quick, Flavour::Release)?;
+    let guest = guest::build(Profile::Quick, Flavour::Release, None)?;
     let containerd = Containerd::start(&shim, &guest)?;
     containerd.import(&busybox::archive()?)?;
     containerd.ctr(argv)

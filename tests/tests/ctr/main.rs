@@ -10,6 +10,7 @@
 )]
 
 mod cgroup;
+mod console;
 mod exec;
 mod lifecycle;
 mod memory;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use build::Profile;
 use kernel::Flavour;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{self, Path, PathBuf};
 
 /// The kernel's place below a prefix.
 pub(crate) const KERNEL: &str = "share/kata-containers/vmlinux.container";
@@ -23,20 +23,23 @@ pub(crate) struct Guest {
     pub(crate) image: PathBuf,
 }
 
-/// Builds what is not up to date.
-pub(crate) fn build(profile: Profile, flavour: Flavour) -> Result<Guest> {
+/// Builds what is not up to date. An image with a shell is one of its own.
+pub(crate) fn build(profile: Profile, flavour: Flavour, shell: Option<&Path>) -> Result<Guest> {
     let kernel = kernel::build(flavour)?;
     let agent = agent::build(profile)?;
     let folder = workspace::target_dir()?.join("guest");
     fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    let image = folder.join(format!("kata-containers-{}.img", profile.name()));
-    progress::run(
-        build::cargo("run", Profile::Dev)?
-            .args(["--package", "rootfs-builder", "--", "--agent"])
-            .arg(agent)
-            .arg("--output")
-            .arg(&image),
-    )
-    .context("building the guest image")?;
+    let suffix = shell.map_or("", |_| "-shell");
+    let image = folder.join(format!("kata-containers-{}{suffix}.img", profile.name()));
+    let mut command = build::cargo("run", Profile::Dev)?;
+    command
+        .args(["--package", "rootfs-builder", "--", "--agent"])
+        .arg(agent)
+        .arg("--output")
+        .arg(&image);
+    if let Some(shell) = shell {
+        command.arg("--shell").arg(path::absolute(shell)?);
+    }
+    progress::run(&mut command).context("building the guest image")?;
     Ok(Guest { kernel, image })
 }

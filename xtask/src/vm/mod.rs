@@ -99,7 +99,7 @@ fn containerd_setup(profile: Profile) -> Result<Setup> {
         ],
     )?;
     let shim = build::runtime(profile)?;
-    let guest = guest::build(profile, Flavour::Release)?;
+    let guest = guest::build(profile, Flavour::Release, None)?;
     let files = install::files(&shim, &guest)
         .into_iter()
         .map(|file| {

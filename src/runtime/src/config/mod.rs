@@ -83,6 +83,8 @@ pub(crate) struct Config {
     pub(crate) monitor: Verbosity,
     /// What the agent logs.
     pub(crate) agent: Verbosity,
+    /// Whether the guest has a shell for whoever reaches its console's port from the host.
+    pub(crate) debug_console: bool,
     /// What the runtime logs.
     pub(crate) log: Verbosity,
     /// How the pod's network is made.
@@ -153,6 +155,7 @@ impl Config {
             },
             monitor: Verbosity::at(Level::INFO),
             agent: Verbosity::at(Level::WARN),
+            debug_console: false,
             log: Verbosity::at(Level::INFO),
             network: Settings::default(),
             seccomp: true,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `kata-ctl`: what the runtime would go by, whether this host has what it needs, and what storage
-//! drivers tell it and ask of it.
+//! `kata-ctl`: what the runtime would go by, whether this host has what it needs, what storage
+//! drivers tell it and ask of it, and a way into a guest.
 
 mod check;
 mod environment;
+mod exec;
 mod show;
 
 use std::collections::HashMap;
@@ -21,6 +22,8 @@ commands:
   config   the configuration in effect as TOML, and where each value comes from
   check    whether this host can run containers in machines; says what fails
   env      versions, files and the host in TOML
+  exec SANDBOX  a terminal in the guest of a sandbox that has its debug console on; the beginning
+                of its identifier will do; Ctrl-] leaves
   direct-volume add     a volume's path stands for a file system on a disk, which guests mount
   direct-volume remove  it does so no longer
   direct-volume stats   what a mounted volume holds, as JSON in CSI's words
@@ -46,6 +49,7 @@ struct Arguments {
     volume: Option<PathBuf>,
     mount_info: Option<String>,
     size: Option<u64>,
+    sandbox: Option<String>,
 }
 
 /// Runs a command; what it prints, and whether all is well.
@@ -59,6 +63,11 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<(String, 
         }
         "check" => Ok(check::run(arguments.read())),
         "env" => environment::describe(&arguments.read()?, arguments.json).map(|it| (it, true)),
+        "exec" => {
+            let sandbox = arguments.sandbox.as_deref();
+            let sandbox = sandbox.ok_or_else(|| missing("the sandbox's identifier"))?;
+            exec::run(sandbox).map(|()| (String::new(), true))
+        }
         "direct-volume add" => {
             let info = arguments.mount_info.as_deref();
             let info = info.ok_or_else(|| missing("--mount-info"))?;
@@ -107,6 +116,9 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
         let action = words.next().transpose()?.unwrap_or_default();
         parsed.command = format!("direct-volume {action}");
     }
+    if parsed.command == "exec" {
+        parsed.sandbox = words.next().transpose()?;
+    }
     let options: &[&str] = match parsed.command.as_str() {
         "config" => &["--file", "--annotation"],
         "check" => &["--file"],
@@ -114,10 +126,10 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Arguments> {
         "direct-volume add" => &["--volume-path", "--mount-info"],
         "direct-volume remove" | "direct-volume stats" => &["--volume-path"],
         "direct-volume resize" => &["--volume-path", "--size"],
-        "version" | "--version" | "help" | "--help" | "-h" => &[],
+        "exec" | "version" | "--version" | "help" | "--help" | "-h" => &[],
         other => {
             return Err(invalid(format!(
-                "unknown command {other:?}: there are config, check, env, direct-volume add, \
+                "unknown command {other:?}: there are config, check, env, exec, direct-volume add, \
                  direct-volume remove, direct-volume stats, direct-volume resize, version, help"
             )));
         }
@@ -192,12 +204,14 @@ mod tests {
         assert_eq!(parsed.mount_info.as_deref(), Some("{}"));
         let parsed = arguments("direct-volume resize --volume-path /v --size=4096").unwrap();
         assert_eq!(parsed.size, Some(4096));
+        assert_eq!(arguments("exec a1").unwrap().sandbox.as_deref(), Some("a1"));
     }
 
     #[test]
     fn unknown_words_are_refused() {
         for (line, reason) in [
-            ("exec", "unknown command \"exec\": there are config, "),
+            ("factory", "unknown command \"factory\": there are config, "),
+            ("exec a b", "exec knows no \"b\""),
             (
                 "direct-volume",
                 "unknown command \"direct-volume \": there are ",

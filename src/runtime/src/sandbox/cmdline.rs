@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line of a guest's kernel.
 
+use std::fmt::Write;
+
 use tracing::Level;
 
+use super::CONSOLE_PORT;
 use crate::config::Config;
 
 /// The console is polled and says nothing while all is well, and still holds the reason when it
@@ -40,6 +43,13 @@ pub(super) fn cmdline(config: &Config, grows: bool) -> String {
         cmdline.push_str(" agent.log=");
         cmdline.push_str(&level.as_str().to_ascii_lowercase());
     }
+    if config.debug_console {
+        // Writing to a string can't fail.
+        let _ = write!(
+            cmdline,
+            " agent.debug_console agent.debug_console_vport={CONSOLE_PORT}"
+        );
+    }
     if !config.kernel_params.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_params);
@@ -72,5 +82,8 @@ mod tests {
         assert!(both.ends_with(" agent.log=info a=b c"), "{both}");
         let debug = words("[agent.kata]\nenable_debug = true");
         assert!(debug.ends_with(" agent.log=debug"), "{debug}");
+        let console = words("[agent.kata]\ndebug_console_enabled = true");
+        let ends = " agent.debug_console agent.debug_console_vport=1026";
+        assert!(console.ends_with(ends), "{console}");
     }
 }

@@ -17,27 +17,30 @@ const MAX_LINE: usize = 256;
 /// How long a connection to a listening agent may take.
 pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connects to a port of the agent over the hybrid vsock: `CONNECT port`, answered by `OK port`.
+/// Connects to a port of the agent.
 pub(super) async fn dial(path: &Path, port: u32) -> Result<UnixStream> {
     let context = || format!("connect to the agent's port {port} at {}", path.display());
-    let handshake = async {
-        let mut stream = UnixStream::connect(path).await?;
-        stream
-            .write_all(format!("CONNECT {port}\n").as_bytes())
-            .await?;
-        let line = read_line(&mut stream).await?;
-        if line.starts_with("OK ") {
-            Ok(stream)
-        } else {
-            Err(io::Error::other(format!(
-                "CONNECT was answered by {line:?}"
-            )))
-        }
-    };
-    timeout(DIAL_TIMEOUT, handshake)
+    timeout(DIAL_TIMEOUT, connect(path, port))
         .await
         .context(Kind::DeadlineExceeded, context)?
         .context(Kind::Unavailable, context)
+}
+
+/// Connects to a port of the guest over the hybrid vsock: `CONNECT port`, answered by `OK port`.
+/// Where nobody listens there, the stream ends without an answer.
+pub(crate) async fn connect(path: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(path).await?;
+    stream
+        .write_all(format!("CONNECT {port}\n").as_bytes())
+        .await?;
+    let line = read_line(&mut stream).await?;
+    if line.starts_with("OK ") {
+        Ok(stream)
+    } else {
+        Err(io::Error::other(format!(
+            "CONNECT was answered by {line:?}"
+        )))
+    }
 }
 
 /// The next line, byte by byte: what follows it is somebody else's.

@@ -40,6 +40,7 @@ use self::cgroup::Cgroups;
 use self::cmdline::cmdline;
 use self::cpus::Cpus;
 pub(crate) use self::cpus::check_nodes;
+pub(crate) use self::dial::connect;
 use self::dial::dial;
 use self::disks::Disks;
 pub(crate) use self::disks::{InGuest, Settings as DiskSettings};
@@ -64,6 +65,9 @@ use crate::volume::Watcher;
 
 /// The agent's vsock port.
 const AGENT_PORT: u32 = 1024;
+
+/// The vsock port of the debug console, where a guest has one.
+pub(crate) const CONSOLE_PORT: u32 = 1026;
 
 /// How long the guest may take to end what runs in it and to write its files out.
 const GOODBYE: Duration = Duration::from_secs(5);

@@ -135,12 +135,6 @@ pub(super) static CHOICES: &[Key] = &[
     fixed(AGENT, "enable_tracing", Choice::Flag(false), NO_TRACING),
     fixed(
         AGENT,
-        "debug_console_enabled",
-        Choice::Flag(false),
-        "the guest image holds no shell",
-    ),
-    fixed(
-        AGENT,
         "kernel_modules",
         Choice::Nothing,
         "the guest's kernel has no modules",

@@ -247,6 +247,15 @@ pub(super) static SETTINGS: &[Key] = &[
     ),
     set(
         AGENT,
+        "debug_console_enabled",
+        |config| config.debug_console.into(),
+        |config, value| {
+            config.debug_console = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        AGENT,
         "reconnect_timeout_ms",
         |config| milliseconds(config.boot_timeout),
         |config, value| {

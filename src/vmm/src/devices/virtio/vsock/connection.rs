@@ -6,21 +6,20 @@
 //! bounds it. What the host sends stays in its socket until it is this stream's turn, the guest
 //! has granted room for it and has buffers; so nothing of it is ever kept here.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown, send, shutdown};
+use rustix::net::{SendFlags, Shutdown, send};
 use vmm_sys_util::epoll::EventSet;
 
 use super::HOST_CID;
 use super::backlog::Backlog;
 use super::credit::{Grant, Window};
+use super::endpoint::Endpoint;
 use super::packet::{Buffers, Closed, Header, Operation, TYPE_STREAM};
 use super::queues::{ReceiveBuffer, Receiver};
 use crate::devices::virtio::DeviceFault;
-use crate::sys::vectored;
 
 /// The most bytes that a stream moves to the guest in one turn.
 const MAX_TURN: u32 = 64 * 1024;
@@ -81,12 +80,35 @@ pub(super) enum Turn {
     Reset,
 }
 
+/// The socket by which a host program passed a stream's other end. Its answer goes there, and its
+/// end is the stream's.
+#[derive(Debug)]
+pub(super) struct Control {
+    /// None once it has its answer, unless it is to stay.
+    pub(super) socket: Option<OwnedFd>,
+    /// Whether it stays, to be told of the stream's end.
+    pub(super) keep: bool,
+    /// What its events are known by.
+    pub(super) token: u64,
+}
+
+impl Control {
+    fn answer(&mut self, answer: &[u8]) -> rustix::io::Result<usize> {
+        let socket = self.socket.take().ok_or(Errno::NOTCONN)?;
+        let sent = send(&socket, answer, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+        self.socket = Some(socket).filter(|_| self.keep);
+        Ok(sent)
+    }
+}
+
 /// A stream.
 #[derive(Debug)]
 pub(super) struct Connection {
     ports: Ports,
     guest_cid: u64,
-    stream: OwnedFd,
+    endpoint: Endpoint,
+    /// Of a stream whose end was passed.
+    control: Option<Control>,
     phase: Phase,
     grant: Grant,
     window: Window,
@@ -112,7 +134,25 @@ pub(super) struct Connection {
 impl Connection {
     /// A stream that a host program asks the guest for.
     pub(super) fn to_guest(ports: Ports, guest_cid: u64, stream: OwnedFd, window: u32) -> Self {
-        Self::new(ports, guest_cid, stream, window, Phase::Requesting)
+        let endpoint = Endpoint::socket(stream);
+        Self::new(ports, guest_cid, endpoint, window, Phase::Requesting)
+    }
+
+    /// A stream that a host program asks the guest for, with what it has passed at its end.
+    pub(super) fn passed(
+        ports: Ports,
+        guest_cid: u64,
+        file: OwnedFd,
+        control: Control,
+        window: u32,
+    ) -> io::Result<Self> {
+        let endpoint = Endpoint::passed(file)?;
+        let host_closed = endpoint.closed()?;
+        Ok(Self {
+            host_closed,
+            control: Some(control),
+            ..Self::new(ports, guest_cid, endpoint, window, Phase::Requesting)
+        })
     }
 
     /// A stream that the guest asked for and the host took.
@@ -123,16 +163,18 @@ impl Connection {
         stream: OwnedFd,
         window: u32,
     ) -> Self {
-        let mut connection = Self::new(ports, guest_cid, stream, window, Phase::Responding);
+        let endpoint = Endpoint::socket(stream);
+        let mut connection = Self::new(ports, guest_cid, endpoint, window, Phase::Responding);
         connection.grant.update(request.buf_alloc, request.fwd_cnt);
         connection
     }
 
-    fn new(ports: Ports, guest_cid: u64, stream: OwnedFd, window: u32, phase: Phase) -> Self {
+    fn new(ports: Ports, guest_cid: u64, endpoint: Endpoint, window: u32, phase: Phase) -> Self {
         Self {
             ports,
             guest_cid,
-            stream,
+            endpoint,
+            control: None,
             phase,
             grant: Grant::default(),
             window: Window::new(window),
@@ -150,6 +192,11 @@ impl Connection {
 
     pub(super) fn ports(&self) -> Ports {
         self.ports
+    }
+
+    /// What the events of the socket are known by that its end was passed over.
+    pub(super) fn control_token(&self) -> Option<u64> {
+        self.control.as_ref().map(|control| control.token)
     }
 
     /// Whether the guest has not yet answered the request for this stream.
@@ -227,9 +274,13 @@ impl Connection {
     fn established(&mut self) -> Fate {
         self.phase = Phase::Open;
         let answer = format!("OK {}\n", self.ports.host);
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let answer = answer.as_bytes();
+        let sent = match &mut self.control {
+            Some(control) => control.answer(answer),
+            None => self.endpoint.send_bytes(answer),
+        };
         // The first bytes on this socket: they fit, or the host is gone.
-        match send(&self.stream, answer.as_bytes(), flags) {
+        match sent {
             Ok(sent) if sent == answer.len() => Fate::Lives,
             _ => Fate::Reset,
         }
@@ -249,7 +300,7 @@ impl Connection {
         }
         let mut sent = 0;
         if self.backlog.is_empty() && len > 0 {
-            match vectored::send(&self.stream, data.slices()) {
+            match self.endpoint.send(data.slices()) {
                 Ok(count) => sent = count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(_) => {
@@ -288,17 +339,12 @@ impl Connection {
         }
         if closed.receive {
             // From now on the host's writes fail, as they would on any closed socket.
-            self.shutdown(Shutdown::Read);
+            self.endpoint.shutdown(Shutdown::Read);
         }
         if closed.send && self.backlog.is_empty() {
-            self.shutdown(Shutdown::Write);
+            self.endpoint.shutdown(Shutdown::Write);
         }
         Fate::Lives
-    }
-
-    fn shutdown(&self, half: Shutdown) {
-        // It fails only if the host has closed its end, which the stream will show by itself.
-        let _ = shutdown(&self.stream, half);
     }
 
     /// Takes note of what happened to the host's socket.
@@ -308,7 +354,8 @@ impl Connection {
             self.readable = true;
         }
         if event.intersects(ended) {
-            if self.is_pending() {
+            // A pipe without a writer may get one.
+            if self.is_pending() && self.control.is_none() {
                 return self.abandon();
             }
             if self.host_closed.send {
@@ -325,25 +372,10 @@ impl Connection {
         Fate::Lives
     }
 
-    /// Asks the host's socket, whose end was just seen, whether that is the end of both
-    /// directions: the guest then hears of both at once.
-    fn has_hung_up(&self) -> bool {
-        let mut socket = [PollFd::new(&self.stream, PollFlags::empty())];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        poll(&mut socket, Some(&now)).is_ok()
-            && socket
-                .iter()
-                .any(|socket| socket.revents().contains(PollFlags::HUP))
-    }
-
     /// Writes the backlog to the host.
     fn flush(&mut self) -> Fate {
         while !self.backlog.is_empty() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match send(&self.stream, self.backlog.bytes(), flags) {
+            match self.endpoint.send_bytes(self.backlog.bytes()) {
                 Ok(count) => {
                     self.backlog.pop(count);
                     self.forwarded(count);
@@ -355,7 +387,7 @@ impl Connection {
                 }
             }
             if self.backlog.is_empty() && self.guest_closed.send {
-                self.shutdown(Shutdown::Write);
+                self.endpoint.shutdown(Shutdown::Write);
             }
         }
         if self.phase == Phase::Draining {
@@ -449,7 +481,7 @@ impl Connection {
         if buffers.is_empty() {
             return Ok(Turn::Starved);
         }
-        let count = match vectored::receive(&self.stream, &slices) {
+        let count = match self.endpoint.receive(&slices) {
             Ok(count) => count,
             Err(error) => {
                 receiver.give_back(buffers.len());
@@ -463,7 +495,7 @@ impl Connection {
         if count == 0 {
             receiver.give_back(buffers.len());
             self.host_closed.send = true;
-            self.host_closed.receive |= self.has_hung_up();
+            self.host_closed.receive |= self.endpoint.has_hung_up();
             return Ok(Turn::Taken);
         }
         self.deliver_data(count, &buffers, receiver)?;
@@ -498,6 +530,6 @@ impl Connection {
 
 impl AsRawFd for Connection {
     fn as_raw_fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.endpoint.as_raw_fd()
     }
 }

@@ -10,8 +10,11 @@
 //!
 //! # The host's side
 //! A host program connects to the listening Unix socket, writes `CONNECT port\n`, reads
-//! `OK port\n`, and from then on has the guest's listener on that port at the other end. A
-//! connection that the guest makes reaches the host by [`ConnectionSink`].
+//! `OK port\n`, and from then on has the guest's listener on that port at the other end. Or it writes
+//! `passfd\n` and sends one message, the port with a descriptor (a pipe's end, say): then the stream is
+//! between the guest and that, and the socket ends with `OK port\n`. With the word `keep` after the
+//! port it stays: its end is the end of the stream, whichever comes first. A connection that the guest
+//! makes reaches the host by [`ConnectionSink`].
 //!
 //! # How the bytes go
 //! One worker thread owns everything. Bytes go from the Unix socket into the guest's buffers and
@@ -23,8 +26,9 @@
 //! | `packet.rs` | headers, and the guest's buffers behind a descriptor chain |
 //! | `credit.rs` | how much each side may send |
 //! | `backlog.rs` | bytes that the host has not taken yet |
+//! | `endpoint.rs` | the host's end of a stream: a socket or a pipe |
 //! | `connection.rs` | one stream's states |
-//! | `handshake.rs` | the `CONNECT` line |
+//! | `handshake.rs` | what a host program says first |
 //! | `muxer.rs` | all streams: dispatch, turns, limits |
 //! | `queues.rs` | what worker and muxer need of virtqueues |
 //! | `handler.rs`, `device.rs` | what the thread does, and the face towards the transport |
@@ -33,6 +37,7 @@ mod backlog;
 mod connection;
 mod credit;
 mod device;
+mod endpoint;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod handler;

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, accept_with, socketpair};
 use vmm_sys_util::epoll::EventSet;
 
-use super::connection::{Connection, Fate, Ports, Turn};
-use super::handshake::{Handshake, Progress};
+use super::connection::{Connection, Control, Fate, Ports, Turn};
+use super::handshake::{Handshake, Passed, Progress};
 use super::packet::{Header, Operation, Packet, TYPE_STREAM};
 use super::queues::Receiver;
 use super::{ConnectionSink, HOST_CID};
@@ -71,6 +71,8 @@ pub(super) struct Muxer {
     next_port: u32,
     handshakes: HashMap<u64, Handshake>,
     connections: HashMap<u64, Connection>,
+    /// Sockets over which ends of streams were passed: whose.
+    controls: HashMap<u64, u64>,
     /// The streams that the guest knows, or will.
     by_ports: HashMap<Ports, u64>,
     /// Streams that have something for the guest, in the order of their turns.
@@ -93,6 +95,7 @@ impl Muxer {
             next_port: FIRST_PORT,
             handshakes: HashMap::new(),
             connections: HashMap::new(),
+            controls: HashMap::new(),
             by_ports: HashMap::new(),
             line: VecDeque::new(),
             resets: VecDeque::new(),
@@ -219,6 +222,12 @@ impl Muxer {
             self.settle(token, fate, poller);
         } else if self.handshakes.contains_key(&token) {
             self.advance_handshake(token, poller);
+        } else if let Some(id) = self.controls.remove(&token)
+            && let Some(connection) = self.connections.get(&id)
+        {
+            // Nothing but its end is waited for.
+            let fate = connection.abandon();
+            self.settle(id, fate, poller);
         }
     }
 
@@ -279,7 +288,45 @@ impl Muxer {
                 let connection = Connection::to_guest(ports, self.guest_cid, stream, window);
                 self.add(id, connection, poller);
             }
+            Progress::Passed(passed) => {
+                if let Some(handshake) = self.handshakes.remove(&id)
+                    && let Err(error) = self.add_passed(id, passed, handshake.into_stream(), poller)
+                {
+                    tracing::warn!(device = "vsock", %error, "can't use what was passed");
+                }
+            }
         }
+    }
+
+    /// Adds the stream of a handshake whose socket is not to carry it.
+    fn add_passed(
+        &mut self,
+        id: u64,
+        passed: Passed,
+        socket: OwnedFd,
+        poller: &Poller,
+    ) -> io::Result<()> {
+        let Passed { guest, keep, file } = passed;
+        let token = self.new_stream();
+        poller.modify(
+            &socket,
+            token,
+            EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED,
+        )?;
+        let control = Control {
+            socket: Some(socket),
+            keep,
+            token,
+        };
+        let ports = Ports {
+            host: self.new_port(guest),
+            guest,
+        };
+        let window = self.window();
+        let connection = Connection::passed(ports, self.guest_cid, file, control, window)?;
+        self.controls.insert(token, id);
+        self.add(id, connection, poller);
+        Ok(())
     }
 
     /// Ends what has not come about in time.
@@ -309,6 +356,7 @@ impl Muxer {
     pub(super) fn drop_streams(&mut self) {
         self.handshakes.clear();
         self.connections.clear();
+        self.controls.clear();
         self.by_ports.clear();
         self.line.clear();
         self.resets.clear();
@@ -323,13 +371,12 @@ impl Muxer {
         let watched = poller
             .modify(&connection, id, events)
             .or_else(|_| poller.add(&connection, id, events));
+        let fate = match watched {
+            Ok(()) => Fate::Lives,
+            Err(_) => connection.abandon(),
+        };
         self.by_ports.insert(connection.ports(), id);
         self.connections.insert(id, connection);
-        let fate = if watched.is_ok() {
-            Fate::Lives
-        } else {
-            Fate::Reset
-        };
         self.settle(id, fate, poller);
     }
 
@@ -359,8 +406,11 @@ impl Muxer {
                 self.by_ports.remove(&ports);
             }
         }
-        if matches!(fate, Fate::Reset | Fate::Gone) {
-            self.connections.remove(&id);
+        if matches!(fate, Fate::Reset | Fate::Gone)
+            && let Some(connection) = self.connections.remove(&id)
+            && let Some(token) = connection.control_token()
+        {
+            self.controls.remove(&token);
         }
     }
 

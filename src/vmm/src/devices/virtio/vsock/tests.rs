@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+mod passed;
+
 use super::Vsock;
 use super::muxer::MAX_STREAMS;
 use super::packet::Header;
@@ -234,7 +236,7 @@ fn a_refusal_of_the_guest_closes_the_hosts_stream() {
 fn a_line_that_is_none_closes_the_stream() {
     let mut machine = Machine::new();
     let mut host = machine.host();
-    host.write_all(b"passfd\n").unwrap();
+    host.write_all(b"LISTEN 1\n").unwrap();
     assert!(at_end(&mut host));
     machine.expect_silence();
 }
