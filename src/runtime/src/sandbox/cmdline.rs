@@ -50,6 +50,9 @@ pub(super) fn cmdline(config: &Config, grows: bool) -> String {
             " agent.debug_console agent.debug_console_vport={CONSOLE_PORT}"
         );
     }
+    if let Some(port) = config.stream_port() {
+        let _ = write!(cmdline, " agent.passfd_listener_port={port}");
+    }
     if !config.kernel_params.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_params);
@@ -85,5 +88,8 @@ mod tests {
         let console = words("[agent.kata]\ndebug_console_enabled = true");
         let ends = " agent.debug_console agent.debug_console_vport=1026";
         assert!(console.ends_with(ends), "{console}");
+        let streams = words("[runtime]\nuse_passfd_io = true\npassfd_listener_port = 7");
+        let ends = " agent.passfd_listener_port=7";
+        assert!(streams.ends_with(ends), "{streams}");
     }
 }

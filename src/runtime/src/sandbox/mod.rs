@@ -19,6 +19,7 @@ mod network;
 mod plan;
 mod share;
 mod size;
+mod streams;
 mod vm;
 
 use std::fs::{File, OpenOptions};
@@ -52,9 +53,11 @@ pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
 pub(crate) use self::size::Limits;
 use self::size::Size;
+pub(crate) use self::streams::{Passed, StreamDoor};
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::container::io::{StreamPorts, Streams};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::network::{Namespace, Network, Place};
 use crate::paths;
@@ -91,6 +94,8 @@ pub(crate) struct Sandbox {
     namespace: Option<Arc<Namespace>>,
     /// Who forwards ports, until it begins.
     forwarder: Mutex<Option<Forwarder>>,
+    /// Where streams are passed that the monitor moves.
+    door: Option<StreamDoor>,
 }
 
 /// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
@@ -252,7 +257,10 @@ impl Booting {
     pub(crate) async fn finish(mut self) -> Result<Sandbox> {
         // While the guest boots.
         let network = self.network.as_ref();
-        let forwarder = network.and_then(|it| Forwarder::new(it, paths::vsock(&self.name)));
+        let vsock = paths::vsock(&self.name);
+        let door = self.config.stream_port();
+        let door = door.map(|port| StreamDoor::new(&vsock, port));
+        let forwarder = network.and_then(|it| Forwarder::new(it, vsock));
         match self.connect().await {
             Ok(agent) => {
                 info!(
@@ -277,6 +285,7 @@ impl Booting {
                     namespace: self.network.as_ref().map(|it| Arc::clone(it.namespace())),
                     network: self.network.map(|it| Arc::new(Mutex::new(it))),
                     forwarder: Mutex::new(forwarder),
+                    door,
                 })
             }
             Err(error) => {
@@ -347,6 +356,7 @@ impl Sandbox {
             network: None,
             namespace: None,
             forwarder: Mutex::default(),
+            door: None,
         }
     }
 
@@ -356,6 +366,14 @@ impl Sandbox {
 
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Has the monitor move a new process's streams, where the configuration says so.
+    pub(crate) async fn pass(&self, streams: &mut Streams) -> Result<StreamPorts> {
+        match &self.door {
+            Some(door) => streams.pass(door).await,
+            None => Ok(StreamPorts::default()),
+        }
     }
 
     pub(crate) fn share(&self) -> Arc<Share> {
