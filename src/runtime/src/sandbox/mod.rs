@@ -15,6 +15,7 @@ mod files;
 mod forward;
 mod growth;
 pub(crate) mod journal;
+mod log;
 mod network;
 mod plan;
 mod share;
@@ -32,6 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use protocols::agent::agent::CreateSandboxRequest;
+use tokio::spawn;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
@@ -312,7 +314,9 @@ impl Booting {
         );
         self.vm.ready(self.config.boot_timeout, &files).await?;
         self.cgroups.take_vcpus(self.vm.pid())?;
-        let stream = dial(&paths::vsock(&self.name), AGENT_PORT).await?;
+        let vsock = paths::vsock(&self.name);
+        spawn(log::relay(self.id.clone(), vsock.clone()));
+        let stream = dial(&vsock, AGENT_PORT).await?;
         let agent = Agent::new(stream, self.config.call_timeout, self.vm.end());
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
         if let Some(pod) = &self.plan.pod {
