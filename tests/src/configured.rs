@@ -60,6 +60,12 @@ impl Configured {
         self.folder.path()
     }
 
+    /// The log of its containerd, with those of the shims.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.containerd.log()
+    }
+
     /// Its client.
     #[must_use]
     pub fn ctr(&self) -> &Ctr {

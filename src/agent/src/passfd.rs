@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, WriteHalf, split};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{debug, warn};
@@ -150,19 +150,18 @@ impl Connected {
     /// Carries a process's streams over these connections until they end. `two_way` has what the
     /// host writes to the connection of the output be the input.
     pub(crate) async fn carry(self, stdio: Arc<Stdio>, exit: Exit, two_way: bool) {
-        let (mut stdin, _unused) = match self.stdin.map(split) {
-            Some((from, to)) => (Some(from), Some(to)),
-            None => (None, None),
-        };
         let (from, stdout) = match self.stdout.map(split) {
             Some((from, to)) => (Some(from), Some(to)),
             None => (None, None),
         };
-        if two_way {
-            stdin = from;
-        }
         let stderr = self.stderr.map(|stream| split(stream).1);
-        let mut input = tokio::spawn(write_all(Arc::clone(&stdio), exit.clone(), stdin));
+        let (input_stdio, input_exit) = (Arc::clone(&stdio), exit.clone());
+        let mut input = if two_way {
+            tokio::spawn(write_all(input_stdio, input_exit, from))
+        } else {
+            // Whole: who writes to what the process has closed is told so.
+            tokio::spawn(write_all(input_stdio, input_exit, self.stdin))
+        };
         let error = read_all(Arc::clone(&stdio), exit.clone(), Output::Stderr, stderr);
         let output = read_all(Arc::clone(&stdio), exit.clone(), Output::Stdout, stdout);
         let mut outputs = Box::pin(async { tokio::join!(output, error) });
@@ -183,7 +182,7 @@ impl Connected {
 }
 
 /// From the host to standard input.
-async fn write_all(stdio: Arc<Stdio>, exit: Exit, from: Option<ReadHalf<Box<dyn Stream>>>) {
+async fn write_all(stdio: Arc<Stdio>, exit: Exit, from: Option<impl AsyncRead + Unpin>) {
     if let Some(mut from) = from {
         let mut buffer = vec![0; 16 << 10];
         while let Ok(length) = from.read(&mut buffer).await {

@@ -8,6 +8,9 @@ use std::sync::OnceLock;
 use tracing::Level;
 use tracing_subscriber::EnvFilter;
 
+/// Target of what a guest's agent logs. It has a level of its own, which it keeps to by itself.
+pub(crate) const GUEST: &str = "guest";
+
 /// Changes the level of the log that was started.
 static RELOAD: OnceLock<Box<dyn Fn(Level) + Send + Sync>> = OnceLock::new();
 
@@ -38,5 +41,5 @@ pub(crate) fn set_level(level: Level) {
 }
 
 fn filter(level: Level) -> EnvFilter {
-    EnvFilter::new(format!("{level},ttrpc=off"))
+    EnvFilter::new(format!("{level},ttrpc=off,{GUEST}=trace"))
 }

@@ -12,21 +12,23 @@ use tests::scenario::{Outcome, scenario};
 const AT_ONCE: Duration = Duration::from_secs(8);
 
 /// Runs `body` beside a container that sleeps.
-fn beside(id: &str, body: impl FnOnce(&Ctr) -> Result<()>) -> Outcome {
-    scenario(|ctr| {
-        ctr.run_detached(&["--env", "MARK=spec"], id, &["sleep", "1000"])?;
-        body(ctr)?;
-        ctr.kill(id, "SIGKILL")?;
-        ctr.wait_for_status(id, "STOPPED", LIMIT)?;
-        ctr.delete(id)?;
-        Ok(())
-    })
+fn beside(ctr: &Ctr, id: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
+    ctr.run_detached(&["--env", "MARK=spec"], id, &["sleep", "1000"])?;
+    body()?;
+    ctr.kill(id, "SIGKILL")?;
+    ctr.wait_for_status(id, "STOPPED", LIMIT)?;
+    ctr.delete(id)?;
+    Ok(())
 }
 
 #[test]
 fn an_exec_has_exit_codes_streams_and_the_container_s_environment() -> Outcome {
+    scenario(basics)
+}
+
+pub(crate) fn basics(ctr: &Ctr) -> Result<()> {
     let id = "exec-basics";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         for code in [0, 1, 42, 127] {
             let script = format!("exit {code}");
             ctr.exec(&[], id, &format!("code-{code}"), &["sh", "-c", &script])?
@@ -54,8 +56,12 @@ fn an_exec_has_exit_codes_streams_and_the_container_s_environment() -> Outcome {
 
 #[test]
 fn an_exec_reads_its_input_to_the_end() -> Outcome {
+    scenario(input)
+}
+
+pub(crate) fn input(ctr: &Ctr) -> Result<()> {
     let id = "exec-input";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         let input: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_be_bytes).collect();
         let mut running = ctr.start_exec(&[], id, "cat", &["cat"])?;
         running.feed(input.clone())?;
@@ -72,8 +78,12 @@ fn an_exec_reads_its_input_to_the_end() -> Outcome {
 
 #[test]
 fn an_exec_has_a_terminal() -> Outcome {
+    scenario(terminal)
+}
+
+pub(crate) fn terminal(ctr: &Ctr) -> Result<()> {
     let id = "exec-terminal";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         let script = r#"[ -t 0 ] && [ -t 2 ] && echo up
             until [ "$(stty size 2>&1)" = "30 100" ]; do sleep 0.1; done; echo right size
             until [ "$(stty size 2>&1)" = "33 111" ]; do sleep 0.1; done; echo resized
@@ -97,8 +107,12 @@ fn an_exec_has_a_terminal() -> Outcome {
 
 #[test]
 fn an_exec_of_a_missing_command_fails_at_once_in_words() -> Outcome {
+    scenario(missing_command)
+}
+
+pub(crate) fn missing_command(ctr: &Ctr) -> Result<()> {
     let id = "exec-missing";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         let output = ctr.exec(&[], id, "missing", &["no-such-command"])?;
         output.one_line(&["no-such-command", "not found"])?;
         ensure!(output.elapsed < AT_ONCE, "{output}");
@@ -110,8 +124,12 @@ fn an_exec_of_a_missing_command_fails_at_once_in_words() -> Outcome {
 
 #[test]
 fn a_background_child_does_not_hang_an_exec() -> Outcome {
+    scenario(background_child)
+}
+
+pub(crate) fn background_child(ctr: &Ctr) -> Result<()> {
     let id = "exec-background";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         let output = ctr.exec(
             &[],
             id,
@@ -129,8 +147,12 @@ fn a_background_child_does_not_hang_an_exec() -> Outcome {
 
 #[test]
 fn a_signal_reaches_one_exec_alone() -> Outcome {
+    scenario(signal)
+}
+
+pub(crate) fn signal(ctr: &Ctr) -> Result<()> {
     let id = "exec-signal";
-    beside(id, |ctr| {
+    beside(ctr, id, || {
         let script = "trap 'echo got it; exit 5' USR1; echo up; while :; do sleep 0.1; done";
         let first = ctr.start_exec(&[], id, "first", &["sh", "-c", script])?;
         let second = ctr.start_exec(&[], id, "second", &["sh", "-c", script])?;

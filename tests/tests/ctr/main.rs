@@ -16,4 +16,5 @@ mod lifecycle;
 mod memory;
 mod run;
 mod spec;
+mod streams;
 mod vm;

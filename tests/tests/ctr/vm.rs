@@ -4,11 +4,13 @@
 use std::fs;
 
 use anyhow::{Context, ensure};
+use tests::configured::Configured;
 use tests::confined::{Expected, expect_confined};
 use tests::ctr::LIMIT;
 use tests::descriptors::{Descriptors, expect_no_more};
 use tests::procs;
 use tests::scenario::{Outcome, vm_scenario};
+use tests::wait::until;
 
 #[test]
 fn a_container_runs_in_a_vm_of_its_own() -> Outcome {
@@ -100,5 +102,27 @@ fn execs_leave_no_descriptors() -> Outcome {
         ctr.wait_for_status(id, "STOPPED", LIMIT)?;
         ctr.delete(id)?;
         Ok(())
+    })
+}
+
+#[test]
+fn the_agent_s_log_comes_with_the_runtime_s() -> Outcome {
+    vm_scenario("the_agent_s_log_comes_with_the_runtime_s", |ctr| {
+        let host = Configured::with(ctr, "[agent.kata]\nenable_debug = true\n")?;
+        host.ctr().run(&[], "logged", &["true"])?.quietly()?;
+        let mut log = String::new();
+        until("the agent's word of the container", LIMIT, || {
+            log = host.log();
+            let line = log
+                .lines()
+                .find(|line| line.contains("created container=logged"));
+            Ok(line.map(ToOwned::to_owned))
+        })
+        .map(|line| line.contains("DEBUG") && line.contains("sandbox=\"logged\""))
+        .and_then(|told| {
+            ensure!(told, "{log}");
+            Ok(())
+        })
+        .with_context(|| log.clone())
     })
 }

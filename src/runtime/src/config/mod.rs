@@ -91,6 +91,10 @@ pub(crate) struct Config {
     pub(crate) network: Settings,
     /// Whether the seccomp profiles of containers are applied.
     pub(crate) seccomp: bool,
+    /// Whether the monitor moves the streams of processes itself.
+    pass_streams: bool,
+    /// The vsock port where the agent takes these.
+    streams_port: u32,
     /// How long the guest may take from power-on to a listening agent.
     pub(crate) boot_timeout: Duration,
     /// How long the agent may take for a call.
@@ -159,6 +163,8 @@ impl Config {
             log: Verbosity::at(Level::INFO),
             network: Settings::default(),
             seccomp: true,
+            pass_streams: false,
+            streams_port: 1027,
             boot_timeout: Duration::from_secs(60),
             call_timeout: Duration::from_secs(60),
             allowed: BTreeMap::new(),
@@ -202,6 +208,11 @@ impl Config {
     pub(crate) fn memory_limit(&self) -> u32 {
         let most = self.most_memory_mib.unwrap_or_else(host::memory_mib);
         most.max(self.memory_mib)
+    }
+
+    /// Where the agent takes streams that the monitor moves, if it is to move them.
+    pub(crate) fn stream_port(&self) -> Option<u32> {
+        self.pass_streams.then_some(self.streams_port)
     }
 
     /// Why the values don't go together, if they don't.

@@ -339,7 +339,6 @@ fn kata_s_own_file_is_told_what_to_change() {
         "virtio_fs_extra_args",
         "disable_seccomp",
         "container_pipe_size",
-        "use_passfd_io",
         "dan_conf",
     ];
     let mut keys = keys;
@@ -361,7 +360,6 @@ fn a_file_beside_kata_s_own_makes_it_fit() {
         [agent.kata]
         container_pipe_size = 0
         [runtime]
-        use_passfd_io = false
         dan_conf = ""
     "#;
     read(&[KATA, correction]).unwrap();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A process's standard streams: between containerd's named pipes and the agent.
+//! A process's standard streams: between containerd's named pipes and the agent, by calls, or past the
+//! runtime: then the monitor has the pipes' ends as well.
 //!
 //! The rules of the pipes follow from how containerd's clients attach and detach:
 //! - An output pipe is held open for reading too, so that a client that goes away is no error and
@@ -13,6 +14,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
@@ -24,8 +26,10 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::output::{DRAIN, Flow, OutputPump, Sink, settled};
+use super::passed::PassedOutput;
 use crate::agent::{Agent, Output, ProcessName};
 use crate::error::{Context, Kind, Result, ShimError};
+use crate::sandbox::{Passed, StreamDoor};
 
 /// How much one call carries. A pipe holds as much.
 pub(super) const CHUNK: u32 = 64 * 1024;
@@ -48,11 +52,30 @@ pub(crate) struct Streams {
     stdout: Sink,
     /// A terminal has one output.
     stderr: Option<Sink>,
+    /// What of these the monitor moves, if it moves them.
+    passed: Option<PassedStreams>,
+}
+
+#[derive(Debug)]
+struct PassedStreams {
+    stdin: Option<Passed>,
+    stdout: Option<Passed>,
+    stderr: Option<Passed>,
+}
+
+/// The names under which the agent finds streams that the monitor moves; 0 for one that isn't there.
+/// All are 0 where it moves none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct StreamPorts {
+    pub(crate) stdin: u32,
+    pub(crate) stdout: u32,
+    pub(crate) stderr: u32,
 }
 
 #[derive(Debug)]
 struct Input {
-    pipe: pipe::Receiver,
+    /// Gone once it was passed.
+    pipe: Option<pipe::Receiver>,
     /// Keeps the pipe from ending with a client; gone after `CloseIO`.
     keeper: Option<File>,
 }
@@ -68,6 +91,7 @@ impl Stdio {
             } else {
                 Some(open_output(&self.stderr)?)
             },
+            passed: None,
         })
     }
 }
@@ -107,7 +131,7 @@ fn open_input(stream: &str) -> Result<Option<Input>> {
         .open(path)
         .context(Kind::InvalidArgument, context)?;
     Ok(Some(Input {
-        pipe,
+        pipe: Some(pipe),
         keeper: Some(keeper),
     }))
 }
@@ -133,6 +157,19 @@ fn open_output(stream: &str) -> Result<Sink> {
     Ok(Sink::Pipe(pipe))
 }
 
+/// Passes the writing end of an output's pipe: the runtime's own reads, too.
+async fn pass_output(sink: &Sink, door: &StreamDoor) -> Result<Option<Passed>> {
+    let Sink::Pipe(pipe) = sink else {
+        return Ok(None);
+    };
+    let writer = OpenOptions::new()
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(format!("/proc/self/fd/{}", pipe.as_fd().as_raw_fd()))
+        .internal(|| "open an output's pipe".to_owned())?;
+    door.pass(writer).await.map(Some)
+}
+
 /// The running pumps of a process.
 #[derive(Debug)]
 pub(crate) struct Pumps {
@@ -151,8 +188,88 @@ impl Streams {
         }
     }
 
-    /// Starts to pump. The process must exist in the guest.
-    pub(crate) fn pump(self, agent: &Agent, process: &ProcessName) -> Pumps {
+    /// Has the monitor move the streams, for a process that is still to be made. A file takes no
+    /// notice of who waits to write to it, so what goes into one comes by calls, with all else of that
+    /// process.
+    pub(crate) async fn pass(&mut self, door: &StreamDoor) -> Result<StreamPorts> {
+        let stderr = self.stderr.as_ref().unwrap_or(&Sink::Discard);
+        let outputs = [&self.stdout, stderr];
+        let stdin = self.stdin.as_ref().and_then(|input| input.pipe.as_ref());
+        if outputs.iter().any(|sink| matches!(sink, Sink::File(_)))
+            || (stdin.is_none() && outputs.iter().all(|sink| matches!(sink, Sink::Discard)))
+        {
+            return Ok(StreamPorts::default());
+        }
+        let input = async {
+            match stdin {
+                Some(pipe) => door.pass(pipe).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        let [stdout, stderr] = outputs.map(|sink| pass_output(sink, door));
+        let (stdin, stdout, stderr) = tokio::try_join!(input, stdout, stderr)?;
+        let port = |stream: &Option<Passed>| stream.as_ref().map_or(0, |stream| stream.port);
+        let ports = StreamPorts {
+            stdin: port(&stdin),
+            stdout: port(&stdout),
+            stderr: port(&stderr),
+        };
+        if let Some(input) = &mut self.stdin {
+            input.pipe = None;
+        }
+        self.passed = Some(PassedStreams {
+            stdin,
+            stdout,
+            stderr,
+        });
+        Ok(ports)
+    }
+
+    /// Starts to pump, or to watch what the monitor moves. The process must exist in the guest.
+    pub(crate) fn pump(mut self, agent: &Agent, process: &ProcessName) -> Pumps {
+        match self.passed.take() {
+            Some(passed) => self.watch(passed),
+            None => self.pump_by_calls(agent, process),
+        }
+    }
+
+    fn watch(self, passed: PassedStreams) -> Pumps {
+        let (exited, _) = watch::channel(false);
+        let mut outputs = JoinSet::new();
+        let mut flows = Vec::new();
+        let sinks = [
+            (passed.stdout, Some(self.stdout)),
+            (passed.stderr, self.stderr),
+        ];
+        for sink in sinks {
+            if let (Some(stream), Some(Sink::Pipe(pipe))) = sink {
+                let (flow, watched) = watch::channel(Flow::Client);
+                flows.push(watched);
+                let exited = exited.subscribe();
+                let output = PassedOutput {
+                    pipe,
+                    stream,
+                    exited,
+                    flow,
+                };
+                outputs.spawn(output.run());
+            }
+        }
+        let mut input = JoinSet::new();
+        if let Some(mut stream) = passed.stdin {
+            // Hung up with the process's end.
+            input.spawn(async move { stream.ended().await });
+        }
+        Pumps {
+            outputs,
+            flows,
+            input,
+            keeper: self.stdin.and_then(|input| input.keeper),
+            exited,
+        }
+    }
+
+    fn pump_by_calls(self, agent: &Agent, process: &ProcessName) -> Pumps {
         let (exited, _) = watch::channel(false);
         let mut outputs = JoinSet::new();
         let sinks = [
@@ -171,7 +288,9 @@ impl Streams {
         let mut input = JoinSet::new();
         let keeper = match self.stdin {
             Some(Input { pipe, keeper }) => {
-                input.spawn(pump_input(agent.clone(), process.clone(), pipe, terminal));
+                if let Some(pipe) = pipe {
+                    input.spawn(pump_input(agent.clone(), process.clone(), pipe, terminal));
+                }
                 keeper
             }
             None => {

@@ -8,6 +8,7 @@
 mod actor;
 pub(crate) mod io;
 mod output;
+mod passed;
 mod pause;
 mod process;
 mod registry;

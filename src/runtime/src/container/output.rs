@@ -25,14 +25,14 @@ use crate::error::Result;
 /// half a second after the end, once what the pipe holds is read; this is for one that doesn't.
 const QUIET: Duration = Duration::from_secs(30);
 /// After the process's end: how long a client may leave the output where it is.
-const STUCK: Duration = Duration::from_secs(10);
+pub(super) const STUCK: Duration = Duration::from_secs(10);
 /// After the process's end: how long all that is left may take.
 pub(super) const DRAIN: Duration = Duration::from_secs(60);
 
 /// How long a client may leave a pipe as it is before it counts as one that doesn't read.
 const TAKEN: Duration = Duration::from_secs(1);
 /// How often a pipe is looked at: nothing tells its writer that it is empty.
-const LOOK: Duration = Duration::from_millis(2);
+pub(super) const LOOK: Duration = Duration::from_millis(2);
 /// How long the guest may be silent before there is nothing more to wait for.
 const SILENCE: Duration = Duration::from_millis(100);
 
@@ -158,23 +158,27 @@ impl OutputPump {
         Ok(())
     }
 
-    /// Waits until the client has taken what lies in the pipe, or takes nothing any more.
+    /// As `taken`, where the output goes into a pipe.
     async fn taken(&self) {
-        let Sink::Pipe(pipe) = &self.sink else {
-            return;
-        };
-        let mut left = ioctl_fionread(pipe).unwrap_or(0);
-        let mut since = Instant::now();
-        self.flow.send_replace(Flow::Client);
-        while left > 0 && since.elapsed() < TAKEN {
-            sleep(LOOK).await;
-            let now = ioctl_fionread(pipe).unwrap_or(0);
-            if now != left {
-                (left, since) = (now, Instant::now());
-                self.flow.send_replace(Flow::Client);
-            }
+        if let Sink::Pipe(pipe) = &self.sink {
+            taken(pipe, &self.flow).await;
+            self.flow.send_replace(Flow::Guest);
         }
-        self.flow.send_replace(Flow::Guest);
+    }
+}
+
+/// Waits until the client has taken what lies in the pipe, or takes nothing any more.
+pub(super) async fn taken(pipe: &pipe::Sender, flow: &watch::Sender<Flow>) {
+    let mut left = ioctl_fionread(pipe).unwrap_or(0);
+    let mut since = Instant::now();
+    flow.send_replace(Flow::Client);
+    while left > 0 && since.elapsed() < TAKEN {
+        sleep(LOOK).await;
+        let now = ioctl_fionread(pipe).unwrap_or(0);
+        if now != left {
+            (left, since) = (now, Instant::now());
+            flow.send_replace(Flow::Client);
+        }
     }
 }
 
@@ -194,8 +198,13 @@ pub(super) async fn settled(mut flow: watch::Receiver<Flow>) {
 }
 
 /// Some time after the process's end.
-async fn after_exit(mut exited: watch::Receiver<bool>, time: Duration) {
-    // The sender lives as long as the process's record; its end is an end as well.
-    let _ = exited.wait_for(|exited| *exited).await;
+async fn after_exit(ended: watch::Receiver<bool>, time: Duration) {
+    exited(ended).await;
     sleep(time).await;
+}
+
+/// The process's end.
+pub(super) async fn exited(mut ended: watch::Receiver<bool>) {
+    // The sender lives as long as the process's record; its end is an end as well.
+    let _ = ended.wait_for(|ended| *ended).await;
 }

@@ -32,6 +32,8 @@ pub(super) struct Process {
     pub(super) spec: Option<Box<oci::Process>>,
     /// Opened, before the start.
     pub(super) streams: Option<Streams>,
+    /// No client is to write input any more.
+    input_closed: bool,
     /// From the start on.
     pub(super) pumps: Option<Pumps>,
     waiters: Vec<Reply<Exit>>,
@@ -45,6 +47,7 @@ impl Process {
             stdio,
             spec: None,
             streams: None,
+            input_closed: false,
             pumps: None,
             waiters: Vec::new(),
         }
@@ -109,8 +112,17 @@ impl Process {
         }
     }
 
+    /// Streams that were opened; they may have been under way when the input was closed.
+    pub(super) fn put_streams(&mut self, mut streams: Streams) {
+        if self.input_closed {
+            streams.close_stdin();
+        }
+        self.streams = Some(streams);
+    }
+
     /// No client is to write input any more.
     pub(super) fn close_stdin(&mut self) {
+        self.input_closed = true;
         if let Some(streams) = &mut self.streams {
             streams.close_stdin();
         }

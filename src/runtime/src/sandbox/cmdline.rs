@@ -18,7 +18,7 @@ const VERBOSE: &str = "console=ttyS0 8250.nr_uarts=1";
 
 /// No interface but the machine's own; the image's disk, the agent, and what the agent has to tell.
 const COMMON: &str = "dummy.numdummies=0 root=/dev/vda ro rootfstype=erofs init=/sbin/init panic=-1 \
-    agent.ready_vport=1024 agent.forward_vport=1028 agent.boot_progress";
+    agent.ready_vport=1024 agent.log_vport=1025 agent.forward_vport=1028 agent.boot_progress";
 
 /// Memory that comes later is for what can be moved, as far as the guest's kernel can spare it for
 /// itself, so that it can go again: twice as much as the rest. What is freed is reported to the
@@ -49,6 +49,9 @@ pub(super) fn cmdline(config: &Config, grows: bool) -> String {
             cmdline,
             " agent.debug_console agent.debug_console_vport={CONSOLE_PORT}"
         );
+    }
+    if let Some(port) = config.stream_port() {
+        let _ = write!(cmdline, " agent.passfd_listener_port={port}");
     }
     if !config.kernel_params.is_empty() {
         cmdline.push(' ');
@@ -85,5 +88,8 @@ mod tests {
         let console = words("[agent.kata]\ndebug_console_enabled = true");
         let ends = " agent.debug_console agent.debug_console_vport=1026";
         assert!(console.ends_with(ends), "{console}");
+        let streams = words("[runtime]\nuse_passfd_io = true\npassfd_listener_port = 7");
+        let ends = " agent.passfd_listener_port=7";
+        assert!(streams.ends_with(ends), "{streams}");
     }
 }

@@ -15,10 +15,12 @@ mod files;
 mod forward;
 mod growth;
 pub(crate) mod journal;
+mod log;
 mod network;
 mod plan;
 mod share;
 mod size;
+mod streams;
 mod vm;
 mod volumes;
 
@@ -32,6 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use protocols::agent::agent::CreateSandboxRequest;
+use tokio::spawn;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
@@ -53,9 +56,11 @@ pub(crate) use self::plan::{GUEST_SHM, Plan};
 pub(crate) use self::share::Share;
 pub(crate) use self::size::Limits;
 use self::size::Size;
+pub(crate) use self::streams::{Passed, StreamDoor};
 use self::vm::{Machine, Vm};
 use crate::agent::Agent;
 use crate::config::Config;
+use crate::container::io::{StreamPorts, Streams};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::management::Listener;
 use crate::network::{Namespace, Network, Place};
@@ -95,6 +100,8 @@ pub(crate) struct Sandbox {
     forwarder: Mutex<Option<Forwarder>>,
     /// The socket of its management, until somebody is served there.
     management: Mutex<Option<Listener>>,
+    /// Where streams are passed that the monitor moves.
+    door: Option<StreamDoor>,
 }
 
 /// A sandbox whose machine was asked to boot. What can be done meanwhile on the host is.
@@ -264,7 +271,10 @@ impl Booting {
     pub(crate) async fn finish(mut self) -> Result<Sandbox> {
         // While the guest boots.
         let network = self.network.as_ref();
-        let forwarder = network.and_then(|it| Forwarder::new(it, paths::vsock(&self.name)));
+        let vsock = paths::vsock(&self.name);
+        let door = self.config.stream_port();
+        let door = door.map(|port| StreamDoor::new(&vsock, port));
+        let forwarder = network.and_then(|it| Forwarder::new(it, vsock));
         match self.connect().await {
             Ok(agent) => {
                 info!(
@@ -290,6 +300,7 @@ impl Booting {
                     network: self.network.map(|it| Arc::new(Mutex::new(it))),
                     forwarder: Mutex::new(forwarder),
                     management: Mutex::new(Some(self.management)),
+                    door,
                 })
             }
             Err(error) => {
@@ -316,7 +327,9 @@ impl Booting {
         );
         self.vm.ready(self.config.boot_timeout, &files).await?;
         self.cgroups.take_vcpus(self.vm.pid())?;
-        let stream = dial(&paths::vsock(&self.name), AGENT_PORT).await?;
+        let vsock = paths::vsock(&self.name);
+        spawn(log::relay(self.id.clone(), vsock.clone()));
+        let stream = dial(&vsock, AGENT_PORT).await?;
         let agent = Agent::new(stream, self.config.call_timeout, self.vm.end());
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
         if let Some(pod) = &self.plan.pod {
@@ -361,6 +374,7 @@ impl Sandbox {
             namespace: None,
             forwarder: Mutex::default(),
             management: Mutex::default(),
+            door: None,
         }
     }
 
@@ -370,6 +384,14 @@ impl Sandbox {
 
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Has the monitor move a new process's streams, where the configuration says so.
+    pub(crate) async fn pass(&self, streams: &mut Streams) -> Result<StreamPorts> {
+        match &self.door {
+            Some(door) => streams.pass(door).await,
+            None => Ok(StreamPorts::default()),
+        }
     }
 
     pub(crate) fn share(&self) -> Arc<Share> {

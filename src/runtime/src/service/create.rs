@@ -25,7 +25,7 @@ use super::shim::Shim;
 use crate::bundle::{Bundle, Membership};
 use crate::cli::check_id;
 use crate::config::Config;
-use crate::container::io::Stdio;
+use crate::container::io::{Stdio, StreamPorts, Streams};
 use crate::container::{Actor, Command, Parts, Pause};
 use crate::disk::{self, Wanted};
 use crate::error::{Context, Kind, Result, ShimError};
@@ -54,12 +54,13 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         stderr: request.stderr.clone(),
         terminal: request.terminal,
     };
-    let streams = stdio.open()?;
+    let mut streams = stdio.open()?;
     let hooks = Hooks::new(&spec, &request.id, bundle.path(), shim.host.clone());
     let sandbox = match &membership {
         Membership::Sandbox(id) => pod(&shim, id, &request, &spec, &hooks).await?,
         Membership::Single(_) | Membership::Member(_) => {
-            container(&shim, &membership, &request, &bundle, spec, &hooks).await?
+            let streams = &mut streams;
+            container(&shim, &membership, &request, &bundle, spec, streams, &hooks).await?
         }
     };
     let pid = match &membership {
@@ -127,6 +128,7 @@ async fn container(
     request: &CreateTaskRequest,
     bundle: &Bundle,
     mut spec: Spec,
+    streams: &mut Streams,
     hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
     let rootfs = Rootfs::new(request, bundle, &spec);
@@ -156,7 +158,8 @@ async fn container(
         sandbox.assign_cpus(&request.id, &amended.cpus)?;
         sandbox.admit(&request.id, Limits::of(&spec)).await?;
         hooks.create(sandbox.pid()).await?;
-        create_in_guest(&sandbox, request, spec, &amended, &volumes, disks).await
+        let ports = sandbox.pass(streams).await?;
+        create_in_guest(&sandbox, request, spec, ports, &amended, &volumes, disks).await
     };
     let created = created.await;
     if let Err(error) = created {
@@ -298,6 +301,7 @@ async fn create_in_guest(
     sandbox: &Sandbox,
     request: &CreateTaskRequest,
     mut spec: Spec,
+    ports: StreamPorts,
     amended: &Amended,
     volumes: &Volumes,
     disks: InGuest,
@@ -321,6 +325,9 @@ async fn create_in_guest(
         storages,
         sandbox_pidns: amended.shares_pids,
         devices: disks.devices,
+        stdin_port: ports.stdin,
+        stdout_port: ports.stdout,
+        stderr_port: ports.stderr,
         ..Default::default()
     };
     sandbox.agent().create_container(&request).await

@@ -179,13 +179,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         RUNTIME,
-        "use_passfd_io",
-        Choice::Flag(false),
-        "streams go through the agent's service",
-    ),
-    off(RUNTIME, "passfd_listener_port"),
-    fixed(
-        RUNTIME,
         "sandbox_bind_mounts",
         Choice::Nothing,
         "only a container's own mounts are shared",

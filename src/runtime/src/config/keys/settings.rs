@@ -384,6 +384,24 @@ pub(super) static SETTINGS: &[Key] = &[
     .annotated("runtime", "disable_guest_seccomp"),
     set(
         RUNTIME,
+        "use_passfd_io",
+        |config| config.pass_streams.into(),
+        |config, value| {
+            config.pass_streams = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
+        "passfd_listener_port",
+        |config| i64::from(config.streams_port).into(),
+        |config, value| {
+            config.streams_port = number(value, 1..=u32::MAX)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
         "enable_annotations",
         |config| patterns(&config.allowed, "runtime"),
         |config, value| allow(config, "runtime", value),

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::{Actor, Report, SIGKILL, UNKNOWN_STATUS, answer};
 use crate::agent::ProcessName;
-use crate::container::io::{Pumps, Stdio};
+use crate::container::io::{Pumps, Stdio, Streams};
 use crate::container::process::{Phase, Process, precondition};
 use crate::container::{Command, Exit, Reply};
 use crate::error::{Kind, Result, ShimError};
@@ -84,27 +84,40 @@ impl Actor {
                     Ok(()) => agent.start_container(&name.container).await,
                     Err(error) => Err(error),
                 };
-                report(exec, result, reply);
+                report(exec, result.map(|()| None), reply);
             });
         };
-        match process.stdio.open() {
-            Ok(streams) => process.streams = Some(streams),
+        let mut streams = match process.stdio.open() {
+            Ok(streams) => streams,
             Err(error) => return report(exec, Err(error), reply),
-        }
+        };
         spec.Terminal = process.stdio.terminal;
+        let sandbox = Arc::clone(&self.sandbox);
         self.call(|agent| async move {
-            let request = ExecProcessRequest {
-                container_id: name.container,
-                exec_id: name.exec,
-                process: MessageField::some(*spec),
-                ..Default::default()
+            let begun = async {
+                let ports = sandbox.pass(&mut streams).await?;
+                let request = ExecProcessRequest {
+                    container_id: name.container,
+                    exec_id: name.exec,
+                    process: MessageField::some(*spec),
+                    stdin_port: ports.stdin,
+                    stdout_port: ports.stdout,
+                    stderr_port: ports.stderr,
+                    ..Default::default()
+                };
+                agent.exec(&request).await
             };
-            let result = agent.exec(&request).await;
+            let result = begun.await.map(|()| Some(Box::new(streams)));
             report(exec, result, reply);
         });
     }
 
-    pub(super) fn started(&mut self, exec: &str, result: Result<()>, reply: Reply<u32>) {
+    pub(super) fn started(
+        &mut self,
+        exec: &str,
+        result: Result<Option<Box<Streams>>>,
+        reply: Reply<u32>,
+    ) {
         let agent = self.sandbox.agent().clone();
         let process = match self.process(exec) {
             Ok(process) => process,
@@ -114,38 +127,44 @@ impl Actor {
             Phase::Starting { ended } => ended,
             _ => None,
         };
-        if let Err(error) = result {
-            if exec.is_empty() {
-                // The guest has ended, or will end, what it could not start.
-                process.phase = Phase::Created;
-            } else {
-                // Nothing ever ran, so nothing exits: no event.
-                process.end(Exit {
-                    status: UNKNOWN_STATUS,
-                    at: SystemTime::now(),
-                });
+        match result {
+            Err(error) => {
+                if exec.is_empty() {
+                    // The guest has ended, or will end, what it could not start.
+                    process.phase = Phase::Created;
+                } else {
+                    // Nothing ever ran, so nothing exits: no event.
+                    process.end(Exit {
+                        status: UNKNOWN_STATUS,
+                        at: SystemTime::now(),
+                    });
+                }
+                info!(
+                    container = self.id,
+                    exec,
+                    error = error.chain(),
+                    "not started"
+                );
+                answer(reply, Err(error));
             }
-            info!(
-                container = self.id,
-                exec,
-                error = error.chain(),
-                "not started"
-            );
-            answer(reply, Err(error));
-        } else {
-            process.phase = Phase::Running;
-            let streams = process.streams.take();
-            process.pumps = streams.map(|streams| streams.pump(&agent, &process.name));
-            let name = process.name.clone();
-            info!(container = self.id, exec, "started");
-            self.publish_start(exec);
-            if exec.is_empty() {
-                let (hooks, pid) = (self.hooks.clone(), self.pid);
-                tokio::spawn(async move { hooks.poststart(pid).await });
-            } else {
-                self.watch(&name);
+            Ok(streams) => {
+                process.phase = Phase::Running;
+                if let Some(streams) = streams {
+                    process.put_streams(*streams);
+                }
+                let streams = process.streams.take();
+                process.pumps = streams.map(|streams| streams.pump(&agent, &process.name));
+                let name = process.name.clone();
+                info!(container = self.id, exec, "started");
+                self.publish_start(exec);
+                if exec.is_empty() {
+                    let (hooks, pid) = (self.hooks.clone(), self.pid);
+                    tokio::spawn(async move { hooks.poststart(pid).await });
+                } else {
+                    self.watch(&name);
+                }
+                answer(reply, Ok(self.pid));
             }
-            answer(reply, Ok(self.pid));
         }
         if let Some(exit) = ended {
             self.ended(exec, exit);

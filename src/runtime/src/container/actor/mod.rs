@@ -52,7 +52,8 @@ const KILLED: u32 = 137;
 pub(crate) enum Report {
     Started {
         exec: String,
-        result: Result<()>,
+        /// Its streams, unless they are there already.
+        result: Result<Option<Box<Streams>>>,
         reply: Reply<u32>,
     },
     Ended {
