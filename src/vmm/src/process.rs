@@ -219,6 +219,7 @@ fn wait(reporter: &Reporter, machine: &Machine) -> Result<ExitReason, ProcessErr
             Request::GrowBlock { id } => outcome(machine.grow_block(&id)),
             Request::ResizeMemory { mib } => outcome(machine.resize_memory(mib)),
             Request::ResizeVcpus { count } => outcome(machine.resize_vcpus(count)),
+            Request::RenewGeneration => outcome(machine.renew_generation()),
             Request::Boot(_) => Event::Failed("the machine is there already".to_owned()),
         };
         reporter.channel.send(&answer, &[])?;

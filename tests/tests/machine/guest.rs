@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The guest's init: tells of its CPUs, uses its disk and its memory, and ends as it is told.
+//! The guest's init: tells of its CPUs, uses its disk and its memory, tells of new random numbers, and ends as it is told.
 
 use std::io::Write;
 use std::thread;
@@ -14,8 +14,8 @@ use tests::pattern::read_line;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 use crate::size::{self, FILL, LOAD};
-use crate::{CONTROL, CPUS, DISK, EXIT, HOTPLUG, ONLINE, POWER_OFF, RESTART};
-use crate::{disk, hotplug};
+use crate::{CONTROL, CPUS, DISK, EXIT, GENERATION, HOTPLUG, ONLINE, POWER_OFF, RESTART};
+use crate::{disk, generation, hotplug};
 
 /// Serves until it is told to exit.
 pub(crate) fn run() {
@@ -52,6 +52,11 @@ fn serve() -> Result<()> {
                 read_line(&mut stream)?;
                 drop(memory);
                 writeln!(stream, "freed")?;
+            }
+            GENERATION => {
+                if let Err(error) = generation::in_guest(&mut stream) {
+                    writeln!(stream, "failed: {error:#}")?;
+                }
             }
             HOTPLUG => hotplug::in_guest(stream)?,
             POWER_OFF => reboot(RebootCommand::PowerOff)?,

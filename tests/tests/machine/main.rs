@@ -6,6 +6,7 @@
 //! machines, and the guest's init.
 
 mod disk;
+mod generation;
 mod guest;
 mod hotplug;
 mod size;
@@ -28,6 +29,8 @@ const CPUS: &str = "cpus";
 const DISK: &str = "disk";
 /// Has the guest bring up CPUs, until there are as many as follow; then as `CPUS`.
 const ONLINE: &str = "online";
+/// Has the guest tell when it draws new random numbers.
+const GENERATION: &str = "generation";
 /// Has the guest look after disks that come and go.
 const HOTPLUG: &str = "hotplug";
 const POWER_OFF: &str = "power off";
@@ -132,6 +135,7 @@ fn suite(filter: Option<&str>) -> Result<bool> {
         tests.push((case.name, Box::new(move || run(&case))));
     }
     tests.push((disk::NAME, Box::new(disk::run)));
+    tests.push((generation::NAME, Box::new(generation::run)));
     tests.push(("cpus_come_and_go_under_load", Box::new(size::vcpus)));
     tests.push(("memory_comes_and_goes", Box::new(size::memory)));
     tests.push((hotplug::COME_AND_GO, Box::new(hotplug::come_and_go)));

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +59,9 @@ pub enum Request {
         /// Its `Block::id`.
         id: String,
     },
+    /// Gives the machine another generation ID, as one has that was made of another's state. Done
+    /// means that the guest has been told.
+    RenewGeneration,
     /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
     Stop,
 }

@@ -31,7 +31,8 @@ use crate::devices::virtio::rng::RngDevice;
 use crate::devices::virtio::vsock::{ConnectionSink, Vsock};
 use crate::devices::virtio::{GuestMemory, VirtioDevice};
 use crate::devices::{
-    GuestEvents, HotplugRegisters, IoApic, PowerPorts, ProgressPort, PvPanic, SerialPort,
+    GenerationId, GuestEvents, HotplugRegisters, IoApic, PowerPorts, ProgressPort, PvPanic,
+    SerialPort,
 };
 use crate::kvm::{MAX_VCPUS, Vm, VmError};
 use crate::memory;
@@ -105,6 +106,7 @@ impl Machine {
         }
 
         let memory = GuestMemory::new(memory);
+        let ram = memory.clone();
         let devices = devices(config, files, events)?;
         let slots = Slots::new(memory, vm.interrupts(), vm.doorbells(), Arc::clone(events));
         for (name, device) in devices {
@@ -136,6 +138,12 @@ impl Machine {
         let start = u64::from(layout::HOTPLUG_PORT);
         let range = start..start.saturating_add(HotplugRegisters::SIZE.into());
         buses.ports.insert(range, Arc::clone(&hotplug) as _)?;
+        let line = io_apic.line(layout::HOTPLUG_PIN.into());
+        let generation = GenerationId::new(ram, layout::GENERATION_ID, line);
+        let generation = Arc::new(generation.map_err(MachineError::Generation)?);
+        let start = u64::from(layout::GENERATION_PORT);
+        let range = start..start.saturating_add(GenerationId::SIZE.into());
+        buses.ports.insert(range, Arc::clone(&generation) as _)?;
         let all = Arc::new(Vcpus::new(events).map_err(MachineError::Thread)?);
         let hot_vcpus = if most_vcpus > config.vcpus {
             let range = config.vcpus..most_vcpus;
@@ -156,6 +164,7 @@ impl Machine {
             memory_mib,
             slots,
             hotplug,
+            generation,
             serial,
             _vm: vm,
         })

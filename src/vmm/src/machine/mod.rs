@@ -27,7 +27,7 @@ use crate::control::{Block, ExitReason, Milestone, Net, Size};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::fs::FsError;
 use crate::devices::virtio::net::NetError;
-use crate::devices::{HotplugRegisters, SerialPort};
+use crate::devices::{GenerationId, HotplugRegisters, SerialPort};
 use crate::kvm::{Vm, VmError};
 use crate::memory::{MemoryError, PlaceError};
 use growth::{HotMemory, HotVcpus};
@@ -154,6 +154,9 @@ pub enum MachineError {
     /// The guest does not hear of its memory's new size.
     #[error("can't tell the guest of its memory's size")]
     Tell(#[source] io::Error),
+    /// The machine has no new generation ID.
+    #[error("can't give the machine a new generation ID")]
+    Generation(#[source] io::Error),
     /// The I/O APIC can't be had.
     #[error("can't set up the interrupt of hotplug")]
     Interrupt(#[source] io::Error),
@@ -185,6 +188,7 @@ pub struct Machine {
     memory_mib: u32,
     slots: Arc<Slots>,
     hotplug: Arc<HotplugRegisters>,
+    generation: Arc<GenerationId>,
     serial: Arc<SerialPort>,
     _vm: Arc<Vm>,
 }
@@ -288,6 +292,15 @@ impl Machine {
             Some(vcpus) => vcpus.resize(count),
             None => growth::check("vCPUs", now, now, count.into()),
         }
+    }
+
+    /// Gives the machine another generation ID, and tells the guest, which then draws new random
+    /// numbers: for a machine that was made of another's state.
+    ///
+    /// # Errors
+    /// The host has no random bytes.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        self.generation.renew().map_err(MachineError::Generation)
     }
 
     /// Ends the machine: vCPUs first, then the devices, which finish what they have begun. Returns

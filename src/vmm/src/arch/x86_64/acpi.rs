@@ -107,6 +107,7 @@ impl Tables {
         let cpus = self.hot_vcpus();
         let mut devices = hotplug::registers(&cpus);
         devices.extend(hotplug::processors(&cpus));
+        devices.extend(hotplug::generation());
         devices.extend(pci_host_bridge());
         devices.extend(hotplug::event_device(&cpus));
         devices.extend(ecam_reservation());
@@ -362,8 +363,21 @@ mod tests {
     }
 
     #[test]
+    fn the_generation_id_is_found_and_notified_of() {
+        let image = image(1);
+        let dsdt = tables(&image)[4];
+        // The names of the device, and its buffer's address: a package of two numbers.
+        assert!(dsdt.windows(15).any(|at| at == b"VM_Gen_Counter\0"));
+        let address = [b'A', b'D', b'D', b'R', 0x12, 8, 2, 0xc, 0, 0xf0, 0xf, 0, 0];
+        assert!(dsdt.windows(address.len()).any(|at| at == address));
+        let count = dsdt.windows(4).filter(|at| *at == b"VGEN").count();
+        assert_eq!(count, 2);
+        assert_eq!(layout::GENERATION_ID.0, 0xf_f000);
+    }
+
+    #[test]
     fn the_tables_fit_their_place() {
-        let size = layout::ACPI.end - layout::ACPI.start;
+        let size = layout::GENERATION_ID.0 - layout::ACPI.start;
         assert!(growing(1, 32).len() as u64 <= size);
         let quiet = Tables {
             vcpus: 1,

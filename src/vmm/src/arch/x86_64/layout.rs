@@ -4,7 +4,7 @@
 //! ```text
 //! 0x0000_6000  PVH start info, memory map        port 0x0080  boot progress
 //! 0x0002_0000  command line                      port 0x03f8  16550
-//! 0x000e_0000  ACPI tables                       port 0x0505  pvpanic
+//! 0x000e_0000  ACPI tables, generation ID        port 0x0505  pvpanic
 //! 0x0010_0000  the kernel and its memory         port 0x0600  ACPI sleep, reset, hotplug
 //! 0xc000_0000  PCI memory                        port 0x1000  PCI ports
 //! 0xe000_0000  ECAM, bus 0
@@ -29,8 +29,10 @@ pub const COMMAND_LINE_SIZE: usize = 2048;
 
 /// End of conventional memory; Linux reserves from here to `KERNEL_START`.
 pub const LOW_MEMORY_END: u64 = 0xa_0000;
-/// ACPI tables; the root pointer is the first.
+/// ACPI tables, of which the root pointer is the first, and what else is the firmware's.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+/// The machine's generation ID, on a page of its own: no table may reach it.
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 /// Nothing is loaded below.
 pub const KERNEL_START: u64 = 0x10_0000;
 
@@ -81,6 +83,8 @@ pub const HOTPLUG_PORT: u16 = 0x610;
 pub const HOTPLUG_SLOTS: Range<u8> = 8..32;
 /// vCPU hotplug registers.
 pub const CPU_HOTPLUG_PORT: u16 = 0x620;
+/// The register that says that the generation ID has changed.
+pub const GENERATION_PORT: u16 = 0x630;
 /// The value that resets.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that stands for S5, power off.

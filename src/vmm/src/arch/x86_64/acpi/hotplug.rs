@@ -2,15 +2,15 @@
 //! How PCI devices and processors come and go: the generic event device (ACPI 6.5, section 5.6.9)
 //! reads from the machine's registers which slots changed, and notifies each; a slot's `_EJ0` says
 //! that the guest has let go. Processors that are there from the start have no object here: they
-//! stay.
+//! stay. The same device tells of a new generation of the machine.
 
 use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     And, BufferData, Device, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule,
-    If, Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate,
-    Return, Store, ZERO,
+    If, Interrupt, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
+    ResourceTemplate, Return, Store, ZERO,
 };
 use acpi_tables::madt::{EnabledStatus, ProcessorLocalApic};
 
@@ -45,9 +45,13 @@ const CPUS: Registers = Registers {
 /// A device's status (section 6.3.7): present, enabled, shown, functioning.
 const THERE: u8 = 0xf;
 
-/// Notifications (section 5.6.6).
+/// Notifications (section 5.6.6); what the first means that is a device's own is up to the device.
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
+const OWN: u8 = 0x80;
+
+/// Region and field of the register that says that the generation ID has changed.
+const GENERATION: (&str, &str) = ("GENR", "GCHG");
 
 impl Registers {
     /// At `port`, for the methods below.
@@ -95,6 +99,47 @@ pub(super) fn registers(cpus: &Range<u8>) -> Vec<u8> {
     aml
 }
 
+/// The device whose buffer in memory is the machine's generation ID, by the names that Microsoft has
+/// given it ("Virtual Machine Generation ID").
+pub(super) fn generation() -> Vec<u8> {
+    let (region, field) = GENERATION;
+    let space = OpRegionSpace::SystemIO;
+    let mut aml = bytes(&OpRegion::new(
+        region.into(),
+        space,
+        &layout::GENERATION_PORT,
+        &1_u8,
+    ));
+    aml.extend(bytes(&Field::new(
+        region.into(),
+        FieldAccessType::Byte,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![FieldEntry::Named(field_name(field), 8)],
+    )));
+    let address = super::low32(layout::GENERATION_ID.0);
+    let address = Package::new(vec![&address, &ZERO]);
+    aml.extend(bytes(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMUVGID"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
+        ],
+    )));
+    aml
+}
+
+/// Notifies of a new generation, if there is one.
+fn notify_generation() -> Vec<u8> {
+    let mut aml = bytes(&Store::new(&Local(0), &Path::new(GENERATION.1)));
+    let path = Path::new("\\_SB_.VGEN");
+    let notify = Notify::new(&path, &OWN);
+    aml.extend(bytes(&If::new(&Local(0), vec![&notify])));
+    aml
+}
+
 /// The device whose interrupt says that something changed.
 pub(super) fn event_device(cpus: &Range<u8>) -> Vec<u8> {
     let pin = u32::from(layout::HOTPLUG_PIN);
@@ -105,6 +150,7 @@ pub(super) fn event_device(cpus: &Range<u8>) -> Vec<u8> {
         let cpu = |cpu| format!("\\_SB_.{}", cpu_name(cpu));
         changes.extend(CPUS.notify(cpus.clone(), cpu));
     }
+    changes.extend(notify_generation());
     bytes(&Device::new(
         "GED_".into(),
         vec![
