@@ -155,7 +155,7 @@ const SUITES: &[Suite] = &[
         about: "pods through containerd's CRI plugin",
         quick: false,
         place: Place::DevVm,
-        skip: &[],
+        skip: &["load::a_hundred"],
     },
     Suite {
         name: "pods-2",

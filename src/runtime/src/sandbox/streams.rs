@@ -99,7 +99,7 @@ impl Passed {
 mod tests {
     use std::io::{IoSliceMut, Read, Write};
     use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream as StdUnixStream};
     use std::thread;
 
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     /// The monitor's part, by the protocol's words; what was passed.
-    fn take(listener: &UnixListener, answer: &str) -> (std::os::unix::net::UnixStream, OwnedFd) {
+    fn take(listener: &UnixListener, answer: &str) -> (StdUnixStream, OwnedFd) {
         let (mut stream, _) = listener.accept().unwrap();
         let mut line = [0; 7];
         stream.read_exact(&mut line).unwrap();
