@@ -25,14 +25,16 @@ pub(crate) fn run() -> Result<()> {
     let mut machine = Machine::start(Setup::default())?;
     let mut control = machine.connect(CONTROL)?;
     writeln!(control, "{GENERATION}")?;
-    for _ in 0..2 {
+    for round in 0..2 {
+        if round > 0 {
+            writeln!(control, "more")?;
+        }
         // Else it is what keeps it from listening.
         let said = read_line(&mut control)?;
         ensure!(said.trim() == "listening", "{said}");
         machine.ask(&Request::RenewGeneration, &[])?;
         let said = read_line(&mut control)?;
         ensure!(said.trim() == "reseeded", "{said}");
-        writeln!(control, "more")?;
     }
     drop(control);
     writeln!(machine.connect(CONTROL)?, "{POWER_OFF}")?;

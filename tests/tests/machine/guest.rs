@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The guest's init: tells of its CPUs, uses its disk and its memory, tells of new random numbers, and ends as it is told.
+//! The guest's init: tells of its CPUs, uses its disk and its memory, tells of new random numbers, and
+//! ends as it is told.
 
 use std::io::Write;
 use std::thread;
