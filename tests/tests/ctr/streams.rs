@@ -50,8 +50,11 @@ fn what_a_client_leaves_holds_up_nobody_else() -> Outcome {
         let ctr = host.ctr();
         let id = "left";
         ctr.run_detached(&[], id, &["sleep", "1000"])?;
-        // What is opened at first use stays.
+        // What is opened at first use stays: the programs, too.
         ctr.exec(&[], id, "first", &["cat"])?.quietly()?;
+        let script = "head -c 1 /dev/zero; echo end >&2";
+        ctr.exec(&[], id, "second", &["sh", "-c", script])?;
+        ctr.exec(&[], id, "third", &["echo"])?;
         let mut before = Vec::new();
         for process in [procs::shim(id)?, procs::vmm(id)?] {
             let descriptors = Descriptors::of(&process)?;

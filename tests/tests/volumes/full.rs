@@ -84,8 +84,8 @@ fn a_full_disk_below_an_image_is_the_writer_s_error() -> Outcome {
         let volumes = Volumes::new()?;
         let host = volumes.volume("csi", "host")?;
         let mounted = Mounted::new("tmpfs", "size=16m", &host)?;
-        // Sparse but for what the file system describes itself by.
-        let image = Image::ext4_in(&host, 40 * MIB)?;
+        // Sparse but for what the file system describes itself by; all that is written would fit.
+        let image = Image::ext4_in(&host, 64 * MIB)?;
         let volume = volumes.volume("csi", "image")?;
         let info = json!({ "volume-type": "block", "device": image.path(), "fstype": "ext4" });
         let assigned = Assigned::add(&volume, &info)?;

@@ -328,7 +328,6 @@ impl Booting {
         self.vm.ready(self.config.boot_timeout, &files).await?;
         self.cgroups.take_vcpus(self.vm.pid())?;
         let vsock = paths::vsock(&self.name);
-        spawn(log::relay(self.id.clone(), vsock.clone()));
         let stream = dial(&vsock, AGENT_PORT).await?;
         let agent = Agent::new(stream, self.config.call_timeout, self.vm.end());
         let (mut dns, mut storages) = (Vec::new(), vec![share::storage()]);
@@ -344,6 +343,8 @@ impl Booting {
             ..Default::default()
         };
         agent.create_sandbox(&request).await?;
+        // It has said that it is ready as soon as calls are taken, and opens its other ports then.
+        spawn(log::relay(self.id.clone(), vsock));
         if let Some(network) = &mut self.network {
             agent.update_network(&network.news()).await?;
             network.told();
