@@ -14,8 +14,8 @@ use tokio::task::spawn_blocking;
 use tracing::{debug, warn};
 use vmm::control::RateLimits;
 
+use super::Sandbox;
 use super::vm::{DiskSettings, Vm};
-use super::{Booting, Sandbox};
 use crate::disk::{Identity, Role, Wanted};
 use crate::error::{Context, Result};
 
@@ -62,17 +62,6 @@ struct Disk {
 pub(crate) struct InGuest {
     pub(crate) devices: Vec<Device>,
     pub(crate) storages: Vec<Storage>,
-}
-
-impl Booting {
-    /// Plugs in the disks of the first container: the guest finds them as it boots.
-    pub(crate) async fn attach_disks(
-        &self,
-        container: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<InGuest> {
-        self.disks.attach(&self.vm, container, wanted).await
-    }
 }
 
 impl Sandbox {
