@@ -6,26 +6,21 @@
 //! bounds it. What the host sends stays in its socket until it is this stream's turn, the guest
 //! has granted room for it and has buffers; so nothing of it is ever kept here.
 
+mod turn;
+
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown, send};
+use rustix::net::Shutdown;
 use vmm_sys_util::epoll::EventSet;
 
+pub(super) use self::turn::Turn;
 use super::HOST_CID;
 use super::backlog::Backlog;
 use super::credit::{Grant, Window};
-use super::endpoint::Endpoint;
+use super::endpoint::{Control, Endpoint};
 use super::packet::{Buffers, Closed, Header, Operation, TYPE_STREAM};
-use super::queues::{ReceiveBuffer, Receiver};
-use crate::devices::virtio::DeviceFault;
-
-/// The most bytes that a stream moves to the guest in one turn.
-const MAX_TURN: u32 = 64 * 1024;
-
-/// The most buffers of the guest that one turn fills.
-const MAX_BUFFERS: usize = 64;
 
 /// What a stream is known by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,46 +54,6 @@ pub(super) enum Fate {
     ResetAndDrain,
     /// Nothing is left to do, and the guest knows.
     Gone,
-}
-
-/// What a stream has for the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Due {
-    Nothing,
-    Control(Operation),
-    Data,
-}
-
-/// How a turn went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
-    /// Something was done, and there may be more.
-    Taken,
-    /// The guest has no buffer for it.
-    Starved,
-    /// As `Fate::Reset`.
-    Reset,
-}
-
-/// The socket by which a host program passed a stream's other end. Its answer goes there, and its
-/// end is the stream's.
-#[derive(Debug)]
-pub(super) struct Control {
-    /// None once it has its answer, unless it is to stay.
-    pub(super) socket: Option<OwnedFd>,
-    /// Whether it stays, to be told of the stream's end.
-    pub(super) keep: bool,
-    /// What its events are known by.
-    pub(super) token: u64,
-}
-
-impl Control {
-    fn answer(&mut self, answer: &[u8]) -> rustix::io::Result<usize> {
-        let socket = self.socket.take().ok_or(Errno::NOTCONN)?;
-        let sent = send(&socket, answer, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
-        self.socket = Some(socket).filter(|_| self.keep);
-        Ok(sent)
-    }
 }
 
 /// A stream.
@@ -202,11 +157,6 @@ impl Connection {
     /// Whether the guest has not yet answered the request for this stream.
     pub(super) fn is_pending(&self) -> bool {
         matches!(self.phase, Phase::Requesting | Phase::Requested)
-    }
-
-    /// Whether there is something for the guest.
-    pub(super) fn has_work(&self) -> bool {
-        self.due() != Due::Nothing
     }
 
     /// The events of the host's socket that matter now. Each comes once (edge-triggered), as `readable`
@@ -395,136 +345,6 @@ impl Connection {
         } else {
             Fate::Lives
         }
-    }
-
-    fn due(&self) -> Due {
-        match self.phase {
-            Phase::Requesting => return Due::Control(Operation::Request),
-            Phase::Responding => return Due::Control(Operation::Response),
-            Phase::Requested | Phase::Draining => return Due::Nothing,
-            Phase::Open => {}
-        }
-        if self.announced != self.host_closed {
-            return Due::Control(Operation::Shutdown);
-        }
-        if self.readable && !self.host_closed.send && !self.guest_closed.receive {
-            if self.grant.available() > 0 {
-                return Due::Data;
-            }
-            if !self.credit_asked {
-                return Due::Control(Operation::CreditRequest);
-            }
-        }
-        if self.credit_wanted || self.window.update_due() {
-            return Due::Control(Operation::CreditUpdate);
-        }
-        Due::Nothing
-    }
-
-    /// Sends the guest one packet of control, or a bounded amount of data.
-    pub(super) fn take_turn(
-        &mut self,
-        receiver: &mut Receiver<'_, '_>,
-    ) -> Result<Turn, DeviceFault> {
-        match self.due() {
-            Due::Nothing => Ok(Turn::Taken),
-            Due::Control(operation) => self.send_control(operation, receiver),
-            Due::Data => self.send_data(receiver),
-        }
-    }
-
-    fn send_control(
-        &mut self,
-        operation: Operation,
-        receiver: &mut Receiver<'_, '_>,
-    ) -> Result<Turn, DeviceFault> {
-        let Some(buffer) = receiver.next()? else {
-            return Ok(Turn::Starved);
-        };
-        let mut header = self.header(operation);
-        self.credit_wanted = false;
-        match operation {
-            Operation::Request => self.phase = Phase::Requested,
-            Operation::Response => self.phase = Phase::Open,
-            Operation::CreditRequest => self.credit_asked = true,
-            Operation::Shutdown => {
-                header.flags = self.host_closed.flags();
-                self.announced = self.host_closed;
-            }
-            Operation::Reset | Operation::ReadWrite | Operation::CreditUpdate => {}
-        }
-        receiver.deliver(&buffer, &header)?;
-        Ok(Turn::Taken)
-    }
-
-    /// Reads from the host's socket right into the guest's buffers: as many as the guest's credit
-    /// and the turn allow, by one system call.
-    fn send_data(&mut self, receiver: &mut Receiver<'_, '_>) -> Result<Turn, DeviceFault> {
-        let allowed = self.grant.available().min(MAX_TURN);
-        let allowed = usize::try_from(allowed).unwrap_or_default();
-        let mut buffers = Vec::with_capacity(MAX_BUFFERS);
-        let mut slices = Vec::with_capacity(MAX_BUFFERS);
-        let mut room: usize = 0;
-        while room < allowed && buffers.len() < MAX_BUFFERS {
-            let Some(buffer) = receiver.next()? else {
-                break;
-            };
-            for slice in buffer.data() {
-                let here = allowed.saturating_sub(room).min(slice.len());
-                if let Ok(part) = slice.subslice(0, here) {
-                    slices.push(part);
-                    room = room.saturating_add(here);
-                }
-            }
-            buffers.push(buffer);
-        }
-        if buffers.is_empty() {
-            return Ok(Turn::Starved);
-        }
-        let count = match self.endpoint.receive(&slices) {
-            Ok(count) => count,
-            Err(error) => {
-                receiver.give_back(buffers.len());
-                if error.kind() != ErrorKind::WouldBlock {
-                    return Ok(Turn::Reset);
-                }
-                self.readable = false;
-                return Ok(Turn::Taken);
-            }
-        };
-        if count == 0 {
-            receiver.give_back(buffers.len());
-            self.host_closed.send = true;
-            self.host_closed.receive |= self.endpoint.has_hung_up();
-            return Ok(Turn::Taken);
-        }
-        self.deliver_data(count, &buffers, receiver)?;
-        Ok(Turn::Taken)
-    }
-
-    fn deliver_data(
-        &mut self,
-        count: usize,
-        buffers: &[ReceiveBuffer<'_>],
-        receiver: &mut Receiver<'_, '_>,
-    ) -> Result<(), DeviceFault> {
-        let mut left = count;
-        let mut filled: usize = 0;
-        for buffer in buffers {
-            let here = left.min(buffer.room());
-            if here == 0 {
-                break;
-            }
-            left = left.saturating_sub(here);
-            filled = filled.saturating_add(1);
-            let mut header = self.header(Operation::ReadWrite);
-            header.len = u32::try_from(here).unwrap_or(u32::MAX);
-            self.grant.sent(header.len);
-            receiver.deliver(buffer, &header)?;
-        }
-        self.credit_wanted = false;
-        receiver.give_back(buffers.len().saturating_sub(filled));
-        Ok(())
     }
 }
 

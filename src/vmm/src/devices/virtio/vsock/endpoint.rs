@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The host's end of a stream: a socket, or what a host program has passed instead, which may be a
-//! pipe, and so go one way only.
+//! pipe, and so go one way only; and the socket that it came by.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use vm_memory::VolatileSlice;
 
@@ -97,5 +98,27 @@ impl Endpoint {
 impl AsRawFd for Endpoint {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+}
+
+/// The socket by which a host program passed a stream's other end. Its answer goes there, and its
+/// end is the stream's.
+#[derive(Debug)]
+pub(super) struct Control {
+    /// None once it has its answer, unless it is to stay.
+    pub(super) socket: Option<OwnedFd>,
+    /// Whether it stays, to be told of the stream's end.
+    pub(super) keep: bool,
+    /// What its events are known by.
+    pub(super) token: u64,
+}
+
+impl Control {
+    /// Says that the stream has come about; how many bytes of that were taken.
+    pub(super) fn answer(&mut self, answer: &[u8]) -> rustix::io::Result<usize> {
+        let socket = self.socket.take().ok_or(Errno::NOTCONN)?;
+        let sent = send(&socket, answer, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+        self.socket = Some(socket).filter(|_| self.keep);
+        Ok(sent)
     }
 }

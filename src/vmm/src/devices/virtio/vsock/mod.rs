@@ -27,7 +27,7 @@
 //! | `credit.rs` | how much each side may send |
 //! | `backlog.rs` | bytes that the host has not taken yet |
 //! | `endpoint.rs` | the host's end of a stream: a socket or a pipe |
-//! | `connection.rs` | one stream's states |
+//! | `connection.rs`, `connection/turn.rs` | one stream's states, and what it has for the guest |
 //! | `handshake.rs` | what a host program says first |
 //! | `muxer.rs` | all streams: dispatch, turns, limits |
 //! | `queues.rs` | what worker and muxer need of virtqueues |

@@ -15,7 +15,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, accept_with, socketpair};
 use vmm_sys_util::epoll::EventSet;
 
-use super::connection::{Connection, Control, Fate, Ports, Turn};
+use super::connection::{Connection, Fate, Ports, Turn};
+use super::endpoint::Control;
 use super::handshake::{Handshake, Passed, Progress};
 use super::packet::{Header, Operation, Packet, TYPE_STREAM};
 use super::queues::Receiver;

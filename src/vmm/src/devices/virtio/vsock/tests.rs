@@ -119,6 +119,20 @@ impl Machine {
         header
     }
 
+    /// The guest closes a stream for good, and is told that it is over.
+    #[track_caller]
+    fn close(&mut self, guest_port: u32, port: u32) {
+        let mut shutdown = from_guest(guest_port, port, SHUTDOWN, 0);
+        shutdown.flags = NO_MORE_READING | NO_MORE_WRITING;
+        self.send(&shutdown, &[]);
+        loop {
+            match self.receive().0.op {
+                CREDIT_UPDATE => {}
+                op => break assert_eq!(op, RESET),
+            }
+        }
+    }
+
     #[track_caller]
     fn expect_silence(&mut self) {
         let packet = self.try_receive(Duration::from_millis(50));
@@ -330,15 +344,7 @@ fn a_guest_that_closes_for_good_loses_nothing() {
         machine.send(&from_guest(1024, port, DATA, data.len()), &data);
         sent.extend_from_slice(&data);
     }
-    let mut shutdown = from_guest(1024, port, SHUTDOWN, 0);
-    shutdown.flags = NO_MORE_WRITING | NO_MORE_READING;
-    machine.send(&shutdown, &[]);
-    loop {
-        match machine.receive().0.op {
-            CREDIT_UPDATE => {}
-            op => break assert_eq!(op, RESET),
-        }
-    }
+    machine.close(1024, port);
     let mut all = Vec::new();
     host.read_to_end(&mut all).unwrap();
     assert!(all == sent);

@@ -34,18 +34,6 @@ impl Machine {
         (host, request.src_port)
     }
 
-    fn close(&mut self, port: u32) {
-        let mut shutdown = from_guest(1027, port, SHUTDOWN, 0);
-        shutdown.flags = NO_MORE_READING | NO_MORE_WRITING;
-        self.send(&shutdown, &[]);
-        loop {
-            match self.receive().0.op {
-                CREDIT_UPDATE => {}
-                op => break assert_eq!(op, RESET),
-            }
-        }
-    }
-
     /// A stream into a pipe, and the pipe's other end.
     fn open_output(&mut self) -> (UnixStream, u32, PipeReader) {
         let (reader, writer) = pipe().unwrap();
@@ -70,7 +58,7 @@ fn what_the_guest_says_goes_into_a_pipe() {
     let mut word = [0; 5];
     reader.read_exact(&mut word).unwrap();
     assert_eq!(&word, b"words");
-    machine.close(port);
+    machine.close(1027, port);
     assert_eq!(reader.read(&mut word).unwrap(), 0);
     assert!(at_end(&mut host));
 }
@@ -109,7 +97,7 @@ fn a_pipe_that_nobody_reads_holds_up_its_own_stream_alone_and_loses_nothing() {
     other_reader.read_exact(&mut word).unwrap();
     assert_eq!(&word, b"other");
 
-    machine.close(port);
+    machine.close(1027, port);
     // The stream is over for the guest, but not for the host.
     host.set_nonblocking(true).unwrap();
     let error = host.read(&mut word).unwrap_err();
