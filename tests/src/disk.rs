@@ -13,6 +13,13 @@ use tempfile::TempDir;
 
 use crate::cri::messages::{ContainerConfig, Device};
 
+/// What makes a file system of this kind, and says nothing of it.
+fn mkfs(kind: &str) -> Command {
+    let mut command = Command::new(format!("mkfs.{kind}"));
+    command.arg("-q");
+    command
+}
+
 /// A file that holds a disk's content, gone with this value.
 #[derive(Debug)]
 pub struct Image {
@@ -37,8 +44,7 @@ impl Image {
     /// A disk with an ext4 file system, empty or with the content of a folder.
     pub fn ext4(bytes: u64, content: Option<&Path>) -> Result<Self> {
         let image = Self::new(bytes)?;
-        let mut command = Command::new("mkfs.ext4");
-        command.arg("-q");
+        let mut command = mkfs("ext4");
         if let Some(content) = content {
             command.arg("-d").arg(content);
         }
@@ -50,8 +56,8 @@ impl Image {
     /// what files hold has none yet.
     pub fn ext4_in(place: &Path, bytes: u64) -> Result<Self> {
         let image = Self::new_in(place, bytes)?;
-        run(Command::new("mkfs.ext4")
-            .args(["-q", "-b", "4096", "-O", "^metadata_csum,^uninit_bg"])
+        run(mkfs("ext4")
+            .args(["-b", "4096", "-O", "^metadata_csum,^uninit_bg"])
             .args(["-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
             .arg(image.path()))?;
         Ok(image)
@@ -60,9 +66,7 @@ impl Image {
     /// A disk with an empty file system of this kind.
     pub fn with_filesystem(kind: &str, bytes: u64) -> Result<Self> {
         let image = Self::new(bytes)?;
-        run(Command::new(format!("mkfs.{kind}"))
-            .arg("-q")
-            .arg(image.path()))?;
+        run(mkfs(kind).arg(image.path()))?;
         Ok(image)
     }
 
@@ -79,14 +83,11 @@ impl Image {
 
     /// The host finds nothing wrong with its file system of this kind.
     pub fn check_with(&self, kind: &str) -> Result<()> {
-        let mut command = match kind {
-            "xfs" => Command::new("xfs_repair"),
-            _ => Command::new("e2fsck"),
+        let (program, options) = match kind {
+            "xfs" => ("xfs_repair", "-n"),
+            _ => ("e2fsck", "-fn"),
         };
-        if kind != "xfs" {
-            command.arg("-f");
-        }
-        run(command.arg("-n").arg(self.path())).map(drop)
+        run(Command::new(program).arg(options).arg(self.path())).map(drop)
     }
 }
 

@@ -110,19 +110,15 @@ fn the_agent_s_log_comes_with_the_runtime_s() -> Outcome {
     vm_scenario("the_agent_s_log_comes_with_the_runtime_s", |ctr| {
         let host = Configured::with(ctr, "[agent.kata]\nenable_debug = true\n")?;
         host.ctr().run(&[], "logged", &["true"])?.quietly()?;
-        let mut log = String::new();
-        until("the agent's word of the container", LIMIT, || {
-            log = host.log();
-            let line = log
-                .lines()
-                .find(|line| line.contains("created container=logged"));
+        let line = until("the agent's word of the container", LIMIT, || {
+            let log = host.log();
+            let mut lines = log.lines();
+            let line = lines.find(|line| line.contains("created container=logged"));
             Ok(line.map(ToOwned::to_owned))
         })
-        .map(|line| line.contains("DEBUG") && line.contains("sandbox=\"logged\""))
-        .and_then(|told| {
-            ensure!(told, "{log}");
-            Ok(())
-        })
-        .with_context(|| log.clone())
+        .with_context(|| host.log())?;
+        let told = line.contains("DEBUG") && line.contains("sandbox=\"logged\"");
+        ensure!(told, "{line}");
+        Ok(())
     })
 }

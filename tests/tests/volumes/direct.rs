@@ -12,9 +12,7 @@ use tests::scenario::{Outcome, pod_vm_scenario};
 use tests::volume::{Access, Volumes, with_mount};
 use tests::wait::until;
 
-use crate::{WAITS, started};
-
-const MIB: u64 = 1 << 20;
+use crate::{MIB, WAITS, started};
 
 /// Total, used and available, in bytes (unit 1) or inodes (unit 2).
 fn usage(stats: &Value, unit: u64) -> Result<(u64, u64, u64)> {

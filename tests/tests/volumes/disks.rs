@@ -20,9 +20,7 @@ use tests::scenario::{Outcome, pod_vm_scenario};
 use tests::volume::{Access, Volumes, privileged, with_mount};
 use tests::wait::until;
 
-use crate::{WAITS, started};
-
-const MIB: u64 = 1 << 20;
+use crate::{MIB, WAITS, started};
 
 /// How many disks of the machine are on this node or file.
 fn open_disks(id: &str, path: &Path) -> Result<usize> {

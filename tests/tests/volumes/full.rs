@@ -15,9 +15,7 @@ use tests::scenario::{Outcome, pod_vm_scenario};
 use tests::volume::{Access, Mounted, Volumes, with_mount};
 use tests::wait::until;
 
-use crate::{WAITS, started};
-
-const MIB: u64 = 1 << 20;
+use crate::{MIB, WAITS, started};
 
 /// What the operator is told of `file`, once it is there.
 fn warnings(node: &Node, file: &str) -> Result<Vec<String>> {

@@ -26,6 +26,8 @@ use tests::cri::messages::ContainerConfig;
 use tests::pod::{Container, Pod};
 use tests::volume::{Access, with_mount};
 
+const MIB: u64 = 1 << 20;
+
 /// Runs until it is told to end.
 const WAITS: &str = "trap 'exit 0' TERM; echo up; sleep 1000 & wait";
 
