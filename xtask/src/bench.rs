@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Benchmarks against the programs to be compared with, each pair in turn, in one dev VM.
 
-use crate::build::{self, Linkage, Profile};
+use crate::build::{self, Profile};
 use crate::guest::{self, agent};
-use crate::vm::{self, Contents, Options, Vm};
+use crate::vm::{self, Contents, Options, Parts, Streams, Vm};
 use anyhow::Result;
 use std::path::Path;
 
@@ -16,9 +16,8 @@ pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
     let boot = build::executable(Profile::Release, &["--package", "vmm", "--example", "boot"])?;
     let agent = agent::build(Profile::Release)?;
     // The engine beside runc: without a guest around it, as runc is.
-    let figures = build::test_binary(
+    let figures = build::executable(
         Profile::Quick,
-        Linkage::Dynamic,
         &[
             "--package",
             "kata-agent",
@@ -28,7 +27,8 @@ pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
             "figures",
         ],
     )?;
-    let vm = Vm::start(&Options::default(), Contents::Containerd(Profile::Release))?;
+    let parts = Parts::build(Contents::Containerd(Profile::Release))?;
+    let vm = Vm::start(&Options::default(), &parts)?;
     let place = |name: &str| Path::new(vm::PREFIX).join(name);
     let kernel = place(guest::KERNEL);
     let image = place(guest::IMAGE);
@@ -44,12 +44,13 @@ pub(crate) fn run(arguments: Vec<String>) -> Result<u8> {
         argv.extend([option.to_owned(), path.to_string_lossy().into_owned()]);
     }
     argv.extend(arguments);
-    let code = vm.execute(argv)?;
-    let engine = vm.execute(vec![
+    let code = vm.execute(argv, Streams::Ours)?;
+    let engine = vec![
         "env".to_owned(),
         format!("NUTSHELL_TEST_AGENT={}", agent.display()),
         figures.to_string_lossy().into_owned(),
-    ])?;
+    ];
+    let engine = vm.execute(engine, Streams::Ours)?;
     vm.stop()?;
     Ok(code.max(engine))
 }

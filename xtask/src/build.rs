@@ -6,6 +6,7 @@ use crate::progress::{self, Reminder};
 use crate::workspace;
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -39,35 +40,44 @@ impl Profile {
     }
 }
 
-/// How a program finds its libraries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Linkage {
-    /// At its start.
-    Dynamic,
-    /// It has them: it can be the only program of a guest's image.
-    Static,
-}
-
 /// The target of static programs. Flags for a named target leave build scripts and procedural
 /// macros alone.
 pub(crate) const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// Where Debian's libseccomp-dev has its static library.
+const LIBSECCOMP_FOLDER: &str = "/usr/lib/x86_64-linux-gnu";
+
 /// Has a cargo command build static programs, below `STATIC_TARGET` of the output folder.
 pub(crate) fn link_statically(command: &mut Command) {
-    command.args(["--target", STATIC_TARGET]).env(
-        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-        "-C target-feature=+crt-static -C relocation-model=static",
-    );
+    command
+        .args(["--target", STATIC_TARGET])
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-C target-feature=+crt-static",
+        )
+        .env("LIBSECCOMP_LINK_TYPE", "static")
+        .env("LIBSECCOMP_LIB_PATH", LIBSECCOMP_FOLDER);
 }
 
-/// A cargo command for this workspace with our own output folder.
+/// A cargo command for this workspace with our own output folder. What leaves this machine, for a guest, the
+/// dev VM or another's system, is static: it needs no library there, and all of it shares one build of
+/// what it depends on.
 pub(crate) fn cargo(action: &str, profile: Profile) -> Result<Command> {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .args([action, "--quiet", "--profile", profile.name()])
         .current_dir(workspace::root())
         .env("CARGO_TARGET_DIR", workspace::target_dir()?);
+    if profile != Profile::Dev {
+        link_statically(&mut command);
+    }
     Ok(command)
+}
+
+/// The static program `name` of this workspace, where a build with `profile` has put it.
+pub(crate) fn program(profile: Profile, name: &str) -> Result<PathBuf> {
+    let folder = workspace::target_dir()?.join(STATIC_TARGET);
+    Ok(folder.join(profile.folder()).join(name))
 }
 
 /// The shim's place below a prefix.
@@ -88,43 +98,82 @@ struct Target {
 /// Builds one program, named by cargo's own options, its name last, and returns its path.
 pub(crate) fn executable(profile: Profile, target: &[&str]) -> Result<PathBuf> {
     let name = target.last().copied().unwrap_or_default();
-    built(cargo("build", profile)?.args(target), name)
+    built(cargo("build", profile)?.args(target))?
+        .remove(name)
+        .with_context(|| format!("cargo built no program {name}"))
 }
 
-/// Builds one test binary, named by cargo's own options, its name last, without running it.
-pub(crate) fn test_binary(profile: Profile, linkage: Linkage, target: &[&str]) -> Result<PathBuf> {
-    let name = target.last().copied().unwrap_or_default();
-    let mut command = cargo("test", profile)?;
-    command.arg("--no-run").args(target);
-    if linkage == Linkage::Static {
-        link_statically(&mut command);
+/// Builds test binaries of what runs in the dev VM; where each is, by its name.
+pub(crate) fn test_binaries(names: &BTreeSet<&str>) -> Result<BTreeMap<String, PathBuf>> {
+    packages::ensure(
+        "building the suites",
+        &[any("gcc"), any("libc6-dev"), any("libseccomp-dev")],
+    )?;
+    let mut command = cargo("build", Profile::Quick)?;
+    command.args(PACKAGES).args(RUNTIME).args(AGENT);
+    for name in names {
+        command.args(["--test", name]);
     }
-    built(&mut command, name)
+    built(&mut command)
 }
 
-/// The program `name` among all that cargo built: with a test come the package's own programs.
-fn built(command: &mut Command, name: &str) -> Result<PathBuf> {
+/// The programs that cargo built, by their names.
+fn built(command: &mut Command) -> Result<BTreeMap<String, PathBuf>> {
     command
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
-    let line = progress::command_line(command);
     let reminder = Reminder::of("compiling");
     let text = progress::output(command)?;
     drop(reminder);
-    text.lines()
-        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
-        .filter(|message| matches!(&message.target, Some(target) if target.name == name))
-        .filter_map(|message| message.executable)
-        .next_back()
-        .with_context(|| format!("`{line}` built no program {name}"))
+    let messages = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    Ok(messages
+        .filter_map(|message| Some((message.target?.name, message.executable?)))
+        .collect())
+}
+
+/// What runs in the dev VM. Named together even where one is asked for, as cargo settles on the features of
+/// dependencies for all that it is told of: each is compiled once.
+const PACKAGES: [&str; 8] = [
+    "--package",
+    "runtime",
+    "--package",
+    "kata-agent",
+    "--package",
+    "tests",
+    "--features",
+    "kata-agent/component-tests",
+];
+const RUNTIME: [&str; 4] = ["--bin", "containerd-shim-kata-v2", "--bin", "kata-ctl"];
+const AGENT: [&str; 2] = ["--bin", "kata-agent"];
+
+/// Builds programs of one package, as they are installed or for the dev VM.
+fn programs(profile: Profile, package: &str, names: &[&str]) -> Result<()> {
+    let mut command = cargo("build", profile)?;
+    if profile == Profile::Quick {
+        command.args(PACKAGES);
+    } else {
+        command.args(["--package", package]);
+    }
+    progress::run(command.args(names))
 }
 
 /// Builds the shim, and `kata-ctl` beside it.
 pub(crate) fn runtime(profile: Profile) -> Result<PathBuf> {
     packages::ensure("building the runtime", &[any("gcc"), any("libc6-dev")])?;
     let _reminder = Reminder::of("compiling the runtime");
-    progress::run(cargo("build", profile)?.args(["--package", "runtime"]))?;
-    Ok(workspace::target_dir()?
-        .join(profile.folder())
-        .join("containerd-shim-kata-v2"))
+    programs(profile, "runtime", &RUNTIME)?;
+    program(profile, "containerd-shim-kata-v2")
+}
+
+/// Builds the agent.
+pub(crate) fn agent(profile: Profile) -> Result<PathBuf> {
+    packages::ensure(
+        "building the agent",
+        &[any("gcc"), any("libc6-dev"), any("libseccomp-dev")],
+    )?;
+    let _reminder = Reminder::of("compiling the agent");
+    programs(profile, "kata-agent", &AGENT)?;
+    program(profile, "kata-agent")
 }

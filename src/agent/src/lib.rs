@@ -34,7 +34,8 @@ mod sys;
 mod tool;
 
 use std::env;
-use std::process::ExitCode;
+use std::panic;
+use std::process::{self, ExitCode};
 use std::sync::Arc;
 
 use tokio::runtime;
@@ -50,6 +51,7 @@ use crate::sandbox::Sandbox;
 /// The program, in the role that its first argument names.
 #[must_use]
 pub fn main() -> ExitCode {
+    abort_on_panic();
     match env::args().nth(1).as_deref() {
         Some(engine::HELPER_ROLE) => {
             engine::helper_main();
@@ -74,6 +76,15 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A task that is gone would leave those waiting that count on it. Release builds abort by their profile.
+fn abort_on_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        process::abort();
+    }));
 }
 
 fn run(is_init: bool) -> Result<()> {

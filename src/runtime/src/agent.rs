@@ -428,7 +428,7 @@ mod tests {
         );
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_connection_may_break_while_the_machine_runs() {
         let (agent, _end) = broken();
         let error = agent.stats("c").await.unwrap_err();

@@ -34,7 +34,8 @@ mod volume;
 
 use std::env;
 use std::io::{self, Write};
-use std::process::ExitCode;
+use std::panic;
+use std::process::{ExitCode, abort};
 
 use protobuf::{Message, MessageField};
 use protocols::containerd::runtime_info::{RuntimeInfo, RuntimeVersion};
@@ -45,6 +46,7 @@ use crate::error::{Context, Result};
 
 /// `containerd-shim-kata-v2`, with the process's arguments.
 pub fn shim() -> ExitCode {
+    abort_on_panic();
     let arguments = match cli::parse(env::args_os().skip(1)) {
         Ok(arguments) => arguments,
         Err(error) => return fail(&error.chain()),
@@ -69,6 +71,16 @@ pub fn kata_ctl() -> ExitCode {
         }
         Err(error) => fail(&format!("kata-ctl: {}", error.chain())),
     }
+}
+
+/// A thread or task that is gone would leave those waiting that count on it. Release builds abort by
+/// their profile.
+fn abort_on_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        abort();
+    }));
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

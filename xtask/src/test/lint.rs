@@ -2,7 +2,7 @@
 //! Checks of the source: format, clippy, dependencies, architecture.
 
 use super::invariants;
-use crate::build::{self, Linkage, Profile};
+use crate::build::{self, Profile};
 use crate::packages::{self, any};
 use crate::{crates, progress, workspace};
 use anyhow::{Result, bail};
@@ -39,21 +39,17 @@ pub(crate) fn run() -> Result<()> {
     }
     // Advisories would need a database from the network at every run.
     progress::run(
-        Command::new(crates::program(
-            "cargo-deny",
-            DENY_VERSION,
-            Linkage::Dynamic,
-        )?)
-        .args([
-            "--log-level",
-            "error",
-            "--all-features",
-            "check",
-            "--hide-inclusion-graph",
-            "licenses",
-            "bans",
-            "sources",
-        ])
-        .current_dir(workspace::root()),
+        Command::new(crates::program("cargo-deny", DENY_VERSION)?)
+            .args([
+                "--log-level",
+                "error",
+                "--all-features",
+                "check",
+                "--hide-inclusion-graph",
+                "licenses",
+                "bans",
+                "sources",
+            ])
+            .current_dir(workspace::root()),
     )
 }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The test ladder: checks of the source, unit tests, then suites against a real containerd in the dev VM.
 
-mod e2e;
 mod invariants;
+mod lanes;
 mod lint;
 mod unit;
 
-use crate::build::{self, Linkage, Profile};
+use crate::build;
 use crate::packages::{self, any};
 use crate::{archive, crates, progress};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use lanes::Job;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -27,6 +29,13 @@ struct Suite {
     skip: &'static [&'static str],
 }
 
+impl Suite {
+    /// The line above its output.
+    fn title(&self) -> String {
+        format!("suite {}: {}", self.name, self.about)
+    }
+}
+
 /// Where a suite runs.
 #[derive(Clone, Copy, Debug)]
 enum Place {
@@ -34,8 +43,6 @@ enum Place {
     Here(fn() -> Result<()>),
     /// Test binary of the package `tests`, in the dev VM with containerd.
     DevVm,
-    /// The same as a static binary, which can be a guest's init as well.
-    DevVmStatic,
     /// The same, with static programs that containers run.
     Exercisers,
     /// Component tests of the agent, in the dev VM.
@@ -44,55 +51,49 @@ enum Place {
     Containerd2(&'static str),
 }
 
-impl Place {
-    /// Builds the test binary of the suite `name`; answers the command that runs it.
-    fn command(self, name: &str) -> Result<Vec<String>> {
-        let mut command = Vec::new();
-        let linkage = match self {
-            Self::DevVmStatic | Self::Exercisers => Linkage::Static,
-            _ => Linkage::Dynamic,
-        };
-        let target: &[&str] = match self {
-            Self::Agent => {
+impl Suite {
+    /// The test binary, which several suites may share.
+    fn binary(&self) -> &'static str {
+        match self.place {
+            Place::Agent => "component",
+            Place::Containerd2(_) => "pods",
+            _ => self.name,
+        }
+    }
+
+    /// The command that runs the test binary `program`: what it finds there besides is built or fetched.
+    fn command(&self, program: &Path, selection: &Selection) -> Result<Vec<String>> {
+        let mut command = match self.place {
+            Place::Agent => {
                 packages::ensure(
                     "the agent's tests",
                     &[
                         any("busybox-static"),
                         any("e2fsprogs"),
-                        any("gcc"),
                         any("iproute2"),
-                        any("libc6-dev"),
-                        any("libseccomp-dev"),
                         any("mount"),
                         any("perl-base"),
                         any("runc"),
                     ],
                 )?;
-                &[
-                    "--package",
-                    "kata-agent",
-                    "--features",
-                    "component-tests",
-                    "--test",
-                    "component",
-                ]
+                Vec::new()
             }
-            Self::Exercisers => {
-                command = exercisers()?;
-                &["--package", "tests", "--test", name]
-            }
-            Self::Containerd2(sandboxer) => {
-                command = containerd_2(sandboxer)?;
-                &["--package", "tests", "--test", "pods"]
-            }
-            _ => &["--package", "tests", "--test", name],
+            Place::Exercisers => exercisers()?,
+            Place::Containerd2(sandboxer) => containerd_2(sandboxer)?,
+            Place::Here(_) | Place::DevVm => Vec::new(),
         };
-        let binary = build::test_binary(Profile::Quick, linkage, target)?;
-        command.push(binary.to_string_lossy().into_owned());
+        command.push(program.to_string_lossy().into_owned());
+        command.extend_from_slice(&selection.arguments);
+        if selection.arguments.is_empty() {
+            let skip = |test: &&str| ["--skip".to_owned(), (*test).to_owned()];
+            command.extend(self.skip.iter().flat_map(skip));
+        }
         Ok(command)
     }
 }
 
+/// In the order of their run. Of those in the dev VM the longest come first, so that the lanes end
+/// together.
 const SUITES: &[Suite] = &[
     Suite {
         name: "lint",
@@ -109,43 +110,8 @@ const SUITES: &[Suite] = &[
         skip: &[],
     },
     Suite {
-        name: "agent",
-        about: "the guest's agent, driven through its protocol",
-        quick: false,
-        place: Place::Agent,
-        skip: &[],
-    },
-    Suite {
-        name: "machine",
-        about: "machines of every size and their ends, each told apart",
-        quick: false,
-        place: Place::DevVmStatic,
-        skip: &[],
-    },
-    Suite {
-        name: "vsock",
-        about: "streams between host and guest, on a machine of its own",
-        quick: false,
-        place: Place::DevVmStatic,
-        skip: &[],
-    },
-    Suite {
-        name: "net",
-        about: "packets between host and guest, on machines of its own",
-        quick: false,
-        place: Place::DevVmStatic,
-        skip: &[],
-    },
-    Suite {
         name: "ctr",
         about: "containers through containerd's ctr",
-        quick: false,
-        place: Place::DevVm,
-        skip: &[],
-    },
-    Suite {
-        name: "network",
-        about: "network namespaces, carried into the guest",
         quick: false,
         place: Place::DevVm,
         skip: &[],
@@ -158,11 +124,39 @@ const SUITES: &[Suite] = &[
         skip: &["load::a_hundred"],
     },
     Suite {
+        name: "volumes",
+        about: "what pods store on, and how they grow and shrink",
+        quick: false,
+        place: Place::Exercisers,
+        skip: &["for_ten_minutes"],
+    },
+    Suite {
+        name: "agent",
+        about: "the guest's agent, driven through its protocol",
+        quick: false,
+        place: Place::Agent,
+        skip: &[],
+    },
+    Suite {
         name: "pods-2",
         about: "the same with containerd 2",
         quick: false,
         place: Place::Containerd2("podsandbox"),
         skip: &["load::a_hundred", "network::bulk"],
+    },
+    Suite {
+        name: "machine",
+        about: "machines of every size and their ends, each told apart",
+        quick: false,
+        place: Place::DevVm,
+        skip: &[],
+    },
+    Suite {
+        name: "faults",
+        about: "killed processes, missing files: words and leaks",
+        quick: false,
+        place: Place::DevVm,
+        skip: &[],
     },
     Suite {
         name: "sandbox",
@@ -172,15 +166,22 @@ const SUITES: &[Suite] = &[
         skip: &["load::", "streams::", "network::bulk"],
     },
     Suite {
-        name: "volumes",
-        about: "what pods store on, and how they grow and shrink",
+        name: "net",
+        about: "packets between host and guest, on machines of its own",
         quick: false,
-        place: Place::Exercisers,
-        skip: &["for_ten_minutes"],
+        place: Place::DevVm,
+        skip: &[],
     },
     Suite {
-        name: "faults",
-        about: "killed processes, missing files: words and leaks",
+        name: "network",
+        about: "network namespaces, carried into the guest",
+        quick: false,
+        place: Place::DevVm,
+        skip: &[],
+    },
+    Suite {
+        name: "vsock",
+        about: "streams between host and guest, on a machine of its own",
         quick: false,
         place: Place::DevVm,
         skip: &[],
@@ -203,32 +204,59 @@ pub(crate) struct Selection {
     pub(crate) arguments: Vec<String>,
 }
 
-/// Runs the suites one after the other, all of them even if one fails, and sums up.
-pub(crate) fn run(selection: &Selection) -> Result<u8> {
-    let suites = select(selection)?;
-    let mut vm = e2e::Session::default();
-    let mut results: Vec<(&str, Duration, Result<()>)> = Vec::new();
-    for suite in suites {
-        progress::note(&format!("suite {}: {}", suite.name, suite.about));
-        let begin = Instant::now();
-        let result = match suite.place {
-            Place::Here(run) => run(),
-            place => place.command(suite.name).and_then(|mut command| {
-                command.extend_from_slice(&selection.arguments);
-                if selection.arguments.is_empty() {
-                    let skip = |test: &&str| ["--skip".to_owned(), (*test).to_owned()];
-                    command.extend(suite.skip.iter().flat_map(skip));
-                }
-                vm.run(&command)
-            }),
-        };
+/// How a suite ended.
+#[derive(Debug)]
+struct Finished {
+    name: &'static str,
+    time: Duration,
+    result: Result<()>,
+}
+
+impl Finished {
+    /// Says at once what failed.
+    fn new(suite: &Suite, begin: Instant, result: Result<()>) -> Self {
         if let Err(error) = &result {
             progress::note(&format!("suite {} failed: {error:#}", suite.name));
         }
-        results.push((suite.name, begin.elapsed(), result));
+        Self {
+            name: suite.name,
+            time: begin.elapsed(),
+            result,
+        }
     }
-    vm.stop()?;
-    Ok(report(&results))
+}
+
+/// Runs the suites, all of them even if one fails, and sums up. What the dev VM needs is built before the
+/// first of its suites: compilers beside a test would slow it.
+pub(crate) fn run(selection: &Selection) -> Result<u8> {
+    let mut finished = Vec::new();
+    let mut in_vm = Vec::new();
+    for suite in select(selection)? {
+        if let Place::Here(run) = suite.place {
+            progress::note(&suite.title());
+            let begin = Instant::now();
+            finished.push(Finished::new(suite, begin, run()));
+        } else {
+            in_vm.push(suite);
+        }
+    }
+    if !in_vm.is_empty() {
+        let names = in_vm.iter().map(|suite| suite.binary()).collect();
+        let programs = build::test_binaries(&names)?;
+        let mut jobs = Vec::new();
+        for suite in in_vm {
+            let begin = Instant::now();
+            let program = programs
+                .get(suite.binary())
+                .with_context(|| format!("cargo built no test binary {}", suite.binary()));
+            match program.and_then(|program| suite.command(program, selection)) {
+                Ok(command) => jobs.push(Job { suite, command }),
+                Err(error) => finished.push(Finished::new(suite, begin, Err(error))),
+            }
+        }
+        finished.extend(lanes::run(jobs)?);
+    }
+    Ok(report(&finished))
 }
 
 /// Assignments that have the suite `pods` use Debian's newest containerd.
@@ -252,7 +280,7 @@ fn exercisers() -> Result<Vec<String>> {
     )?;
     let mut assignments = vec!["env".to_owned()];
     for (variable, name, version) in EXERCISERS {
-        let program = crates::program(name, version, Linkage::Static)?;
+        let program = crates::program(name, version)?;
         assignments.push(format!("{variable}={}", program.display()));
     }
     Ok(assignments)
@@ -279,28 +307,30 @@ fn select(selection: &Selection) -> Result<Vec<&'static Suite>> {
 }
 
 /// Prints a line a suite and one that closes, and returns the exit code.
-fn report(results: &[(&str, Duration, Result<()>)]) -> u8 {
+fn report(finished: &[Finished]) -> u8 {
     println!();
-    for (name, time, result) in results {
-        let verdict = if result.is_ok() { "passed" } else { "FAILED" };
-        println!("{name:8} {verdict} in {:.1} s", time.as_secs_f64());
+    for suite in finished {
+        let passed = suite.result.is_ok();
+        let verdict = if passed { "passed" } else { "FAILED" };
+        let seconds = suite.time.as_secs_f64();
+        println!("{:8} {verdict} in {seconds:.1} s", suite.name);
     }
-    let failed: Vec<&str> = results
+    let failed: Vec<&str> = finished
         .iter()
-        .filter(|(_, _, result)| result.is_err())
-        .map(|(name, ..)| *name)
+        .filter(|suite| suite.result.is_err())
+        .map(|suite| suite.name)
         .collect();
-    if results.is_empty() {
+    if finished.is_empty() {
         println!("no suite was run");
         1
     } else if failed.is_empty() {
-        println!("all {} suites passed", results.len());
+        println!("all {} suites passed", finished.len());
         0
     } else {
         println!(
-            "{} of {} suites FAILED: {}",
+            "{} of {} suites failed: {}",
             failed.len(),
-            results.len(),
+            finished.len(),
             failed.join(", ")
         );
         1
@@ -337,15 +367,15 @@ mod tests {
 
     #[test]
     fn a_failed_suite_fails_the_run() {
-        let second = Duration::from_secs(1);
-        assert_eq!(report(&[("a", second, Ok(()))]), 0);
-        assert_eq!(
-            report(&[
-                ("a", second, Ok(())),
-                ("b", second, Err(anyhow::anyhow!("x")))
-            ]),
-            1
-        );
+        let suite = |name, result| Finished {
+            name,
+            time: Duration::from_secs(1),
+            result,
+        };
+        let passed = || suite("a", Ok(()));
+        assert_eq!(report(&[passed()]), 0);
+        let failed = suite("b", Err(anyhow::anyhow!("x")));
+        assert_eq!(report(&[passed(), failed]), 1);
         assert_eq!(report(&[]), 1);
     }
 }

@@ -13,12 +13,14 @@ mod setup;
 mod wire;
 
 pub(crate) use machine::Options;
+pub(crate) use session::Streams;
 
 use crate::build::{self, Profile};
 use crate::guest::kernel::Flavour;
 use crate::packages::{self, any, newer};
 use crate::{busybox, guest, install};
 use anyhow::Result;
+use linux::Linux;
 use machine::Machine;
 use std::path::Path;
 use wire::Setup;
@@ -35,15 +37,16 @@ pub(crate) enum Contents {
     Containerd(Profile),
 }
 
-/// A dev VM that is up.
+/// What a dev VM is made of.
 #[derive(Debug)]
-pub(crate) struct Vm {
-    machine: Machine,
+pub(crate) struct Parts {
+    linux: Linux,
+    setup: Option<Setup>,
 }
 
-impl Vm {
-    /// Builds what is missing, boots, and brings up the contents.
-    pub(crate) fn start(options: &Options, contents: Contents) -> Result<Self> {
+impl Parts {
+    /// Builds what is missing.
+    pub(crate) fn build(contents: Contents) -> Result<Self> {
         packages::ensure(
             "the dev VM",
             &[
@@ -57,17 +60,32 @@ impl Vm {
             Contents::Bare => None,
             Contents::Containerd(profile) => Some(containerd_setup(profile)?),
         };
-        let machine = Machine::start(&linux::prepare()?, options)?;
-        if let Some(setup) = setup {
-            session::set_up(&machine, &setup)?;
+        Ok(Self {
+            linux: linux::prepare()?,
+            setup,
+        })
+    }
+}
+
+/// A dev VM that is up.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    machine: Machine,
+}
+
+impl Vm {
+    /// Boots, and brings up the contents.
+    pub(crate) fn start(options: &Options, parts: &Parts) -> Result<Self> {
+        let machine = Machine::start(&parts.linux, options)?;
+        if let Some(setup) = &parts.setup {
+            session::set_up(&machine, setup)?;
         }
         Ok(Self { machine })
     }
 
-    /// Runs one command with our stdin, stdout and stderr, and returns its exit code. Input that it leaves
-    /// is lost to the next one.
-    pub(crate) fn execute(&self, argv: Vec<String>) -> Result<u8> {
-        session::execute(&self.machine, argv)
+    /// Runs one command and returns its exit code. Input of ours that it leaves is lost to the next one.
+    pub(crate) fn execute(&self, argv: Vec<String>, streams: Streams<'_>) -> Result<u8> {
+        session::execute(&self.machine, argv, streams)
     }
 
     /// Powers off.
@@ -81,8 +99,8 @@ pub(crate) fn run(options: &Options, contents: Contents, mut argv: Vec<String>) 
     if argv.is_empty() {
         argv.extend(["bash".to_owned(), "-l".to_owned()]);
     }
-    let vm = Vm::start(options, contents)?;
-    let code = vm.execute(argv)?;
+    let vm = Vm::start(options, &Parts::build(contents)?)?;
+    let code = vm.execute(argv, Streams::Ours)?;
     vm.stop()?;
     Ok(code)
 }

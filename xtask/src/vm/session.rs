@@ -47,9 +47,19 @@ pub(crate) fn set_up(machine: &Machine, setup: &Setup) -> Result<()> {
     }
 }
 
+/// What a command's streams are joined to.
+#[derive(Debug)]
+pub(crate) enum Streams<'a> {
+    /// Our stdin, stdout, stderr and terminal.
+    Ours,
+    /// No input; both outputs, in their order.
+    Kept(&'a mut Vec<u8>),
+}
+
 /// Runs one command in the VM and returns its exit code.
-pub(crate) fn execute(machine: &Machine, argv: Vec<String>) -> Result<u8> {
-    let terminal = Terminal::raw();
+pub(crate) fn execute(machine: &Machine, argv: Vec<String>, streams: Streams<'_>) -> Result<u8> {
+    let ours = matches!(streams, Streams::Ours);
+    let terminal = ours.then(Terminal::raw).flatten();
     let exec = Exec {
         argv,
         cwd: env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
@@ -60,36 +70,49 @@ pub(crate) fn execute(machine: &Machine, argv: Vec<String>) -> Result<u8> {
             .collect(),
         terminal: terminal.as_ref().and_then(|_| size()),
     };
-    let mut stream = machine.stream()?;
     let sender = Arc::new(Mutex::new(machine.stream()?));
     send(&sender, Kind::Exec, &serde_json::to_vec(&exec)?)?;
-    let input = Arc::clone(&sender);
-    thread::spawn(move || forward_input(&input));
+    if ours {
+        let input = Arc::clone(&sender);
+        thread::spawn(move || forward_input(&input));
+    } else {
+        send(&sender, Kind::Stdin, &[])?;
+    }
     if exec.terminal.is_some() {
         let resizes = Arc::clone(&sender);
         thread::spawn(move || follow_size(&resizes));
     }
+    let result = collect(machine, streams);
+    // Before an error is printed.
+    drop(terminal);
+    result?.with_context(|| {
+        format!(
+            "the dev VM died while the command ran\n{}",
+            machine.last_words()
+        )
+    })
+}
 
-    loop {
-        let Some(frame) = wire::read(&mut stream)? else {
-            drop(terminal);
-            bail!(
-                "the dev VM died while the command ran\n{}",
-                machine.last_words()
-            );
-        };
-        match frame.kind {
+/// Passes output on until the command ends; `None` where the VM ended.
+fn collect(machine: &Machine, mut streams: Streams<'_>) -> Result<Option<u8>> {
+    let mut stream = machine.stream()?;
+    while let Some(frame) = wire::read(&mut stream)? {
+        match (frame.kind, &mut streams) {
             // A reader that went away is no reason to stop the command early.
-            Kind::Stdout => drop(
+            (Kind::Stdout, Streams::Ours) => drop(
                 stdout()
                     .write_all(&frame.payload)
                     .and_then(|()| stdout().flush()),
             ),
-            Kind::Stderr => drop(stderr().write_all(&frame.payload)),
-            Kind::Exit => return Ok(frame.message::<Exit>()?.code),
-            other => bail!("unexpected {other:?} frame from the dev VM"),
+            (Kind::Stderr, Streams::Ours) => drop(stderr().write_all(&frame.payload)),
+            (Kind::Stdout | Kind::Stderr, Streams::Kept(output)) => {
+                output.extend_from_slice(&frame.payload);
+            }
+            (Kind::Exit, _) => return Ok(Some(frame.message::<Exit>()?.code)),
+            (other, _) => bail!("unexpected {other:?} frame from the dev VM"),
         }
     }
+    Ok(None)
 }
 
 fn send(stream: &Mutex<UnixStream>, kind: Kind, payload: &[u8]) -> Result<()> {

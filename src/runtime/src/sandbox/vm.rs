@@ -36,12 +36,12 @@ pub(crate) const READY_PORT: u32 = 1024;
 /// The guest's CID. Each machine has a socket device of its own, so all may have the same.
 const GUEST_CID: u32 = 3;
 
-/// How long a machine may take to stop before its process is killed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a machine may take to stop before its process is killed; the unit tests' never stops.
+const STOP_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 5_000 });
 
 /// How long a killed process may take to be gone. One that the kernel of the host holds, with a
 /// vCPU or at a file system that hangs, may never go.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
 
 /// How long a guest may take for a new size. One that can give no more yet takes for ever.
 const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
@@ -433,7 +433,7 @@ impl Listener {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_machine_that_does_not_end_is_not_waited_for_for_ever() {
         let vm = Vm::without_end();
         let error = vm.stop().await.unwrap_err();

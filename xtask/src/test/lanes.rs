@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Suites that need root and a machine of their own: each lane is a dev VM that takes one suite after the
+//! other. A suite waits for its guests most of the time, so that several lanes fit on a machine.
+
+use super::{Finished, Suite};
+use crate::build::Profile;
+use crate::progress;
+use crate::vm::{Contents, Options, Parts, Streams, Vm};
+use anyhow::{Result, bail};
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{Write, stdout};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, available_parallelism};
+use std::time::{Duration, Instant};
+
+/// Memory of this machine that each lane but the first asks for, in MiB: its VM's, and what the host keeps
+/// of the files that the VM reads.
+const MEMORY: u64 = 8192;
+/// How often the suites under way are mentioned.
+const REMINDER: Duration = Duration::from_secs(60);
+
+/// A suite whose test binary was built.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) suite: &'static Suite,
+    /// The test binary and its arguments.
+    pub(crate) command: Vec<String>,
+}
+
+/// Runs the jobs, the first ones first. Where lanes run side by side, the output of a suite appears whole at
+/// its end.
+pub(crate) fn run(jobs: Vec<Job>) -> Result<Vec<Finished>> {
+    if jobs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parts = Parts::build(Contents::Containerd(Profile::Quick))?;
+    let lanes = lanes().min(jobs.len());
+    if lanes > 1 {
+        progress::note(&format!(
+            "{} suites in {lanes} dev VMs; the output of each comes at its end",
+            jobs.len()
+        ));
+    }
+    let floor = Floor {
+        parts,
+        side_by_side: lanes > 1,
+        waiting: Mutex::new(jobs.into()),
+        running: Mutex::default(),
+        finished: Mutex::default(),
+    };
+    thread::scope(|scope| {
+        let (over, ended) = channel::<()>();
+        let lanes: Vec<_> = (0..lanes).map(|_| scope.spawn(|| floor.lane())).collect();
+        if floor.side_by_side {
+            let floor = &floor;
+            scope.spawn(move || {
+                while ended.recv_timeout(REMINDER) == Err(RecvTimeoutError::Timeout) {
+                    floor.mention();
+                }
+            });
+        }
+        let lanes: Vec<_> = lanes
+            .into_iter()
+            .map(thread::ScopedJoinHandle::join)
+            .collect();
+        drop(over);
+        lanes.into_iter().try_for_each(|lane| match lane {
+            Ok(result) => result,
+            Err(_) => bail!("a lane of the suites panicked"),
+        })
+    })?;
+    Ok(floor
+        .finished
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner))
+}
+
+/// What the lanes share.
+struct Floor {
+    parts: Parts,
+    side_by_side: bool,
+    waiting: Mutex<VecDeque<Job>>,
+    running: Mutex<Vec<(&'static str, Instant)>>,
+    finished: Mutex<Vec<Finished>>,
+}
+
+impl Floor {
+    /// Runs suites until none waits.
+    fn lane(&self) -> Result<()> {
+        let mut vm = None;
+        while let Some(job) = self.next() {
+            let begin = Instant::now();
+            lock(&self.running).push((job.suite.name, begin));
+            let mut kept = Vec::new();
+            let result = self.suite(&mut vm, &job, &mut kept);
+            lock(&self.running).retain(|(name, _)| *name != job.suite.name);
+            self.finish(&job, begin, result, &kept);
+        }
+        vm.map_or(Ok(()), Vm::stop)
+    }
+
+    fn next(&self) -> Option<Job> {
+        lock(&self.waiting).pop_front()
+    }
+
+    fn suite(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<()> {
+        let vm = match place.take() {
+            Some(vm) => vm,
+            None => Vm::start(&Options::default(), &self.parts)?,
+        };
+        let streams = if self.side_by_side {
+            Streams::Kept(kept)
+        } else {
+            progress::note(&job.suite.title());
+            Streams::Ours
+        };
+        // A VM that died takes no further suite down with it.
+        let code = vm.execute(job.command.clone(), streams)?;
+        *place = Some(vm);
+        if code != 0 {
+            bail!("exit code {code}");
+        }
+        Ok(())
+    }
+
+    fn finish(&self, job: &Job, begin: Instant, result: Result<()>, kept: &[u8]) {
+        // One at a time: what two suites say does not mix.
+        let mut finished = lock(&self.finished);
+        if self.side_by_side {
+            progress::note(&job.suite.title());
+            // A reader that went away is no reason to stop early.
+            let _ = stdout().write_all(kept).and_then(|()| stdout().flush());
+        }
+        finished.push(Finished::new(job.suite, begin, result));
+    }
+
+    fn mention(&self) {
+        let words: Vec<_> = lock(&self.running)
+            .iter()
+            .map(|(name, begin)| format!("{name} … {} s", begin.elapsed().as_secs()))
+            .collect();
+        progress::note(&words.join(", "));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many lanes this machine carries: a CPU each, and memory.
+fn lanes() -> usize {
+    let cpus = available_parallelism().map_or(1, usize::from);
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let memory = available(&text).map_or(1, |memory| memory / MEMORY);
+    cpus.min(usize::try_from(memory).unwrap_or(usize::MAX))
+        .max(1)
+}
+
+/// What `/proc/meminfo` says is available, in MiB.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib >> 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn available_memory_is_read() {
+        let text = "MemTotal:  24000000 kB\nMemAvailable:   20971520 kB\nBuffers: 1 kB\n";
+        assert_eq!(available(text), Some(20480));
+        assert_eq!(available("MemTotal: 1 kB\n"), None);
+    }
+}
