@@ -17,6 +17,7 @@ mod files;
 mod full;
 mod memory;
 mod size;
+mod trees;
 
 use std::path::Path;
 

@@ -128,7 +128,7 @@ const SUITES: &[Suite] = &[
         about: "what pods store on, and how they grow and shrink",
         quick: false,
         place: Place::Exercisers,
-        skip: &["for_ten_minutes"],
+        skip: &["for_ten_minutes", "fifty_thousand"],
     },
     Suite {
         name: "agent",
@@ -276,7 +276,13 @@ fn containerd_2(sandboxer: &str) -> Result<Vec<String>> {
 fn exercisers() -> Result<Vec<String>> {
     packages::ensure(
         "trying file systems out",
-        &[any("e2fsprogs"), any("mount"), any("xfsprogs")],
+        &[
+            any("e2fsprogs"),
+            any("git"),
+            any("mount"),
+            any("sqlite3"),
+            any("xfsprogs"),
+        ],
     )?;
     let mut assignments = vec!["env".to_owned()];
     for (variable, name, version) in EXERCISERS {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the suites run in a container where an image's own programs don't do: static, and on its own.
 
+mod database;
 mod lock;
 mod watch;
 
@@ -25,6 +26,20 @@ enum Task {
         /// The file.
         file: PathBuf,
     },
+    /// Writes as a database does, into a new folder.
+    Commit {
+        /// The folder.
+        folder: PathBuf,
+        /// How often.
+        commits: u64,
+    },
+    /// Finds what `commit` has written.
+    Check {
+        /// The folder.
+        folder: PathBuf,
+        /// How often.
+        commits: u64,
+    },
     /// Says of each way whether somebody else has locked a file.
     Locked {
         /// The file.
@@ -42,6 +57,8 @@ fn main() -> Result<()> {
     }
     match Task::parse() {
         Task::Watch { folder } => watch::run(&folder),
+        Task::Commit { folder, commits } => database::commit(&folder, commits),
+        Task::Check { folder, commits } => database::check(&folder, commits),
         Task::Lock { file } => lock::keep(&file),
         Task::Locked { file } => lock::ask(&file),
     }
