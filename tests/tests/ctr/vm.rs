@@ -122,3 +122,35 @@ fn the_agent_s_log_comes_with_the_runtime_s() -> Outcome {
         Ok(())
     })
 }
+
+#[test]
+fn what_the_operator_shares_is_in_every_guest() -> Outcome {
+    vm_scenario("what_the_operator_shares_is_in_every_guest", |ctr| {
+        let host = Configured::start(ctr)?;
+        let shared = |name: &str| {
+            let folder = host.folder().join(name);
+            fs::create_dir(&folder)?;
+            fs::write(folder.join("file"), name)?;
+            anyhow::Ok(folder)
+        };
+        let (given, lent) = (shared("given")?, shared("lent")?);
+        host.configure(&format!(
+            "[runtime]\nsandbox_bind_mounts = [{given:?}, \"{}:rw\"]\n",
+            lent.display()
+        ))?;
+        // No container binds them: root of the guest looks where the agent would.
+        let script = "mount -t virtiofs kataShared /mnt && cd /mnt/passthrough/sandbox-mounts && \
+                      cat given/file && cat lent/file && echo back >lent/file && \
+                      mount -o remount,rw /mnt && ! sh -c 'echo back >given/file' 2>/dev/null";
+        let output = host
+            .ctr()
+            .run_script(&["--privileged"], "shared", script)?
+            .quietly()?;
+        ensure!(output.text() == "givenlent", "{output}");
+        ensure!(fs::read_to_string(given.join("file"))? == "given");
+        ensure!(fs::read_to_string(lent.join("file"))? == "back\n");
+        host.run("[runtime]\nsandbox_bind_mounts = [\"/none/such\"]\n")?
+            .one_line(&["sandbox_bind_mounts: mount /none/such: "])?;
+        Ok(())
+    })
+}

@@ -32,7 +32,7 @@ use self::lookup::Source;
 pub(crate) use self::options::is_ours;
 use crate::error::Result;
 use crate::network::Settings;
-use crate::sandbox::DiskSettings;
+use crate::sandbox::{DiskSettings, HostPath};
 
 /// Where kernel and image are, below the folder that the program is installed in.
 const KERNEL: &str = "share/kata-containers/vmlinux.container";
@@ -77,6 +77,8 @@ pub(crate) struct Config {
     pub(crate) reclaim: bool,
     /// How long the guest may trust what it has read of a shared file.
     pub(crate) shared_cache: FsCache,
+    /// What of the host every guest sees, whatever its containers bind.
+    pub(crate) host_paths: Vec<HostPath>,
     /// How the disks of containers are served.
     pub(crate) disks: DiskSettings,
     /// What the monitor logs; in detail, the guest's console goes to the log, too.
@@ -152,6 +154,7 @@ impl Config {
             pin_vcpus: false,
             reclaim: true,
             shared_cache: FsCache::Auto,
+            host_paths: Vec::new(),
             disks: DiskSettings {
                 direct: false,
                 queues: 1,

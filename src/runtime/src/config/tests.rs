@@ -575,3 +575,20 @@ fn files_of_the_guest_are_found_beside_the_program() {
     );
     assert_eq!(prefix(Some(&root.path().join("shim"))), Path::new("/usr"));
 }
+
+#[test]
+fn what_every_guest_sees_is_told_apart_by_name() {
+    let file = |paths: &str| format!("[runtime]\nsandbox_bind_mounts = [{paths}]\n");
+    let config = config(&file(r#""/etc/pki", "/srv/logs:rw""#));
+    let shown: Vec<_> = config.host_paths.iter().map(ToString::to_string).collect();
+    assert_eq!(shown, ["/etc/pki:ro", "/srv/logs:rw"]);
+    for (paths, reason) in [
+        (r#""/a/x", "/b/x:rw""#, "two paths that end in \"x\""),
+        (r#""logs""#, "\"logs\" is no absolute path"),
+        ("7", "wants a list of strings"),
+    ] {
+        let error = wrong(&file(paths));
+        assert!(error.contains(reason), "{error}");
+        assert!(error.contains("runtime.sandbox_bind_mounts"), "{error}");
+    }
+}

@@ -149,7 +149,7 @@ fn forget(places: &mut HashMap<String, Place>, name: &str) {
     }
 }
 
-fn mount_at(target: &Path, bind: &Bind) -> Result<()> {
+pub(super) fn mount_at(target: &Path, bind: &Bind) -> Result<()> {
     let source = &bind.source;
     let metadata = fs::metadata(source).context(Kind::InvalidArgument, || {
         format!("mount {}", source.display())

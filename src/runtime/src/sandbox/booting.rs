@@ -153,7 +153,8 @@ impl Booting {
             Some(Place::New) => network.as_ref().map(|it| it.namespace().as_ref()),
             _ => None,
         };
-        let started = share.open().and_then(|directory| {
+        let shared = share.add_host_paths(&config.host_paths);
+        let started = shared.and_then(|()| share.open()).and_then(|directory| {
             let machine = Machine {
                 size: plan.size,
                 most: plan.most,

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! <share>/rw/passthrough/<container>/rootfs  the container's root file system
+//! <share>/rw/passthrough/sandbox-mounts/<name>  what the operator shares with every guest
 //! <share>/rw/volumes/<n>                     what containers bind from the host
 //! <share>/rw/watchable/<n>                   the same, where nothing is cached
 //! <share>/ro                                 the same, which the guest gets
@@ -27,6 +28,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 use super::binds::{self, Binds};
+use super::host_paths::HostPath;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::mount::{self, Tree};
 use crate::spec::Bind;
@@ -36,6 +38,9 @@ pub(crate) const GUEST_ROOT: &str = "/run/kata-containers/shared/containers";
 
 /// The tree's name on the virtio-fs device.
 pub(super) const TAG: &str = "kataShared";
+
+/// Where every guest finds what the operator shares, in Kata's place.
+const HOST_PATHS: &str = "passthrough/sandbox-mounts";
 
 /// Folders and empty files only: mount points.
 const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
@@ -156,6 +161,29 @@ impl Share {
         } else {
             mount::mount_all(mounts, &target)
         }
+    }
+
+    /// Shares what the operator shares with every guest.
+    pub(super) fn add_host_paths(&self, paths: &[HostPath]) -> Result<()> {
+        if paths.is_empty() {
+            return Ok(());
+        }
+        let _open = self.hold()?;
+        let folder = self.writable().join(HOST_PATHS);
+        make_folder(&folder)?;
+        paths.iter().try_for_each(|path| {
+            let bind = Bind {
+                mount: 0,
+                source: path.path().to_owned(),
+                file: None,
+                tree: Tree::Recursive,
+                read_only: (!path.writable).then_some(Tree::Recursive),
+                private: true,
+                cached: true,
+            };
+            binds::mount_at(&folder.join(path.name()), &bind)
+                .context(Kind::InvalidArgument, || "sandbox_bind_mounts".to_owned())
+        })
     }
 
     /// Where the guest finds a container's root file system.

@@ -179,12 +179,6 @@ pub(super) static CHOICES: &[Key] = &[
     ),
     fixed(
         RUNTIME,
-        "sandbox_bind_mounts",
-        Choice::Nothing,
-        "only a container's own mounts are shared",
-    ),
-    fixed(
-        RUNTIME,
         "experimental",
         Choice::Nothing,
         "there are no experimental features",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The keys that set something.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use crate::config::annotations::check_patterns;
 use crate::config::value::{Read, flag, fraction, name, number, path, text, texts, word};
 use crate::config::{Config, LEAST_MEMORY, MOST_VCPUS, host, whole_cpus};
 use crate::network::Model;
+use crate::sandbox::HostPath;
 
 /// Agents may need longer than Kata's files say; Kata's own floor.
 const SHORTEST_BOOT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -402,11 +403,37 @@ pub(super) static SETTINGS: &[Key] = &[
     ),
     set(
         RUNTIME,
+        "sandbox_bind_mounts",
+        |config| {
+            let shown = config.host_paths.iter().map(ToString::to_string);
+            shown.map(Value::from).collect::<Vec<_>>().into()
+        },
+        |config, value| {
+            config.host_paths = host_paths(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        RUNTIME,
         "enable_annotations",
         |config| patterns(&config.allowed, "runtime"),
         |config, value| allow(config, "runtime", value),
     ),
 ];
+
+/// What every guest sees; it tells them apart by their last names.
+fn host_paths(value: &Value) -> Read<Vec<HostPath>> {
+    let texts = texts(value)?;
+    let paths: Vec<_> = texts
+        .iter()
+        .map(|text| HostPath::parse(text))
+        .collect::<Read<_>>()?;
+    let mut names = BTreeSet::new();
+    match paths.iter().find(|path| !names.insert(path.name())) {
+        Some(twice) => Err(format!("holds two paths that end in {:?}", twice.name())),
+        None => Ok(paths),
+    }
+}
 
 /// A limit as Kata counts it, in bits.
 fn bits(limits: RateLimits) -> Value {
