@@ -63,6 +63,8 @@ pub struct Disk {
     pub file: OwnedFd,
     /// As many threads serve it.
     pub queues: u16,
+    /// Its requests go on beside each other.
+    pub io_uring: bool,
 }
 
 impl Default for Setup {
@@ -263,6 +265,7 @@ impl Machine {
             file: FileIndex(0),
             read_only: false,
             queues: disk.queues,
+            io_uring: disk.io_uring,
             limits: RateLimits::default(),
         });
         let slot = self.ask(&request, &[disk.file])?;
@@ -424,6 +427,7 @@ fn configure(
         file: FileIndex(2),
         read_only: true,
         queues: 1,
+        io_uring: false,
         limits: RateLimits::default(),
     }];
     for (number, disk) in setup.disks.into_iter().enumerate() {
@@ -433,6 +437,7 @@ fn configure(
             file: index(files.len().saturating_sub(1)),
             read_only: false,
             queues: disk.queues,
+            io_uring: disk.io_uring,
             limits: RateLimits::default(),
         });
     }

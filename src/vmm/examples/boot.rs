@@ -222,6 +222,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             file: add(open(path, false)?),
             read_only: true,
             queues: 1,
+            io_uring: false,
             limits: RateLimits::default(),
         });
     }
@@ -231,6 +232,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
             file: add(open(path, true)?),
             read_only: false,
             queues: u16::from(options.vcpus).min(MAX_BLOCK_QUEUES),
+            io_uring: true,
             limits: RateLimits::default(),
         });
     }

@@ -46,6 +46,7 @@ pub(crate) fn run() -> Result<()> {
         disks: vec![Disk {
             file: file.try_clone()?.into(),
             queues: 2,
+            io_uring: true,
         }],
         ..Setup::default()
     })?;

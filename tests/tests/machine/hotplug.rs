@@ -112,6 +112,7 @@ impl Bench {
             disks: vec![Disk {
                 file: disk(&[])?.into(),
                 queues: 1,
+                io_uring: true,
             }],
             ..Setup::default()
         })?;
@@ -123,7 +124,12 @@ impl Bench {
 
     fn plug(&self, id: &str, file: &File) -> Result<u8> {
         let file = OwnedFd::from(file.try_clone()?);
-        self.machine.attach_disk(id, Disk { file, queues: 1 })
+        let disk = Disk {
+            file,
+            queues: 1,
+            io_uring: false,
+        };
+        self.machine.attach_disk(id, disk)
     }
 
     fn say(&mut self, line: &str) -> Result<()> {

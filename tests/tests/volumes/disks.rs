@@ -293,6 +293,10 @@ fn disks_are_what_the_configuration_says() -> Outcome {
             .find(|file| file.target == name)
             .context("no disk")?;
         ensure!(disk.flags & OFlags::DIRECT.bits() != 0, "{disk:?}");
+        let rings = files
+            .iter()
+            .filter(|file| file.target.ends_with("[io_uring]"));
+        ensure!(rings.count() == 2, "not a ring for each queue: {files:?}");
         ensure!(device.start(6)? == "direct");
         let script = format!("dd if=/dev/zero of={name} bs=64k count=64 conv=fsync 2>/dev/null");
         let output = ctr.exec(&[], id, "writes", &["sh", "-c", &script])?;

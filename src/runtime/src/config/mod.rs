@@ -157,6 +157,7 @@ impl Config {
             host_paths: Vec::new(),
             disks: DiskSettings {
                 direct: false,
+                io_uring: true,
                 queues: 1,
                 limits: RateLimits::default(),
             },

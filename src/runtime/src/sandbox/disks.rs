@@ -33,6 +33,8 @@ pub(super) struct Disks {
 pub(crate) struct Settings {
     /// They are read and written past the host's page cache.
     pub(crate) direct: bool,
+    /// Requests of one go on beside each other.
+    pub(crate) io_uring: bool,
     /// The most queues of one.
     pub(crate) queues: u16,
     /// The most that one does.
@@ -133,6 +135,7 @@ impl Disks {
             id: &id,
             read_only: wanted.read_only,
             queues: self.settings.queues,
+            io_uring: self.settings.io_uring,
             limits: self.settings.limits,
         };
         let slot = match vm.attach_disk(settings, &file).await {

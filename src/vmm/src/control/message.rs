@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 8;
+pub const PROTOCOL_VERSION: u32 = 9;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +120,8 @@ pub struct Block {
     /// Its queues, 1 to `MAX_BLOCK_QUEUES`: a thread each. More than one is of use where several
     /// vCPUs keep a disk busy.
     pub queues: u16,
+    /// Requests go on beside each other, where the host's kernel has io_uring; else in turn.
+    pub io_uring: bool,
     /// The most that it does.
     pub limits: RateLimits,
 }

@@ -252,6 +252,9 @@ pub(super) fn block_device(block: &Block, files: &mut Files) -> Result<Named, Ma
         source,
     })?;
     device.limit(block.limits.bytes, block.limits.operations);
+    if block.io_uring {
+        device.use_io_uring();
+    }
     Ok((block_name(&block.id), Box::new(device)))
 }
 

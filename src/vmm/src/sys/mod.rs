@@ -6,5 +6,6 @@ pub(crate) mod kvm;
 pub(crate) mod mmap;
 pub(crate) mod process;
 pub(crate) mod tap;
+pub(crate) mod uring;
 pub(crate) mod vectored;
 pub(crate) mod vhost;

@@ -25,6 +25,9 @@ const MOST_RATE: u64 = i64::MAX.cast_unsigned();
 /// Kata counts bandwidth in bits.
 const BITS: u64 = 8;
 
+/// Kata's names of how a disk's requests are served: beside each other or not.
+const AIO: &[(&str, bool)] = &[("io_uring", true), ("threads", false)];
+
 /// Kata's names of the levels of a log; the first name of a level is the one shown.
 const LEVELS: &[(&str, Level)] = &[
     ("trace", Level::TRACE),
@@ -174,6 +177,15 @@ pub(super) static SETTINGS: &[Key] = &[
         |config| config.disks.direct.into(),
         |config, value| {
             config.disks.direct = flag(value)?;
+            Ok(())
+        },
+    ),
+    set(
+        MACHINE,
+        "block_device_aio",
+        |config| name(&config.disks.io_uring, AIO),
+        |config, value| {
+            config.disks.io_uring = word(value, AIO)?;
             Ok(())
         },
     ),

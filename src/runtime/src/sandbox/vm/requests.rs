@@ -22,6 +22,7 @@ pub(crate) struct DiskSettings<'a> {
     pub(crate) id: &'a str,
     pub(crate) read_only: bool,
     pub(crate) queues: u16,
+    pub(crate) io_uring: bool,
     pub(crate) limits: RateLimits,
 }
 
@@ -50,6 +51,7 @@ impl Vm {
             file: files.add(file.as_fd()),
             read_only: disk.read_only,
             queues: disk.queues,
+            io_uring: disk.io_uring,
             limits: disk.limits,
         });
         let what = || format!("attach the disk {id}");

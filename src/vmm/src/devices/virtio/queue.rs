@@ -53,6 +53,12 @@ impl ActiveQueue {
         self.index
     }
 
+    /// The most chains that the driver can make available at a time.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// The rings, for whoever serves them instead.
     #[must_use]
     pub fn rings(&self) -> &Queue {
@@ -192,17 +198,17 @@ impl ActiveQueue {
         &mut self,
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
-        serve: F,
+        mut serve: F,
     ) -> Result<(), DeviceFault>
     where
         F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
     {
-        self.serve_while(|| true, memory, interrupt, serve)
+        self.serve_while(|| true, memory, interrupt, |chain| serve(chain).map(Some))
             .map(drop)
     }
 
-    /// The same as long as `ready` says so. True if it didn't to the end: chains may be left, and must
-    /// be asked for again later, kick or no kick.
+    /// The same as long as `ready` says so; a chain of which `serve` says nothing is completed later. True if
+    /// it was not ready to the end: chains may be left, and must be asked for again, kick or no kick.
     ///
     /// # Errors
     /// As for `serve`.
@@ -214,7 +220,7 @@ impl ActiveQueue {
         mut serve: F,
     ) -> Result<bool, DeviceFault>
     where
-        F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<u32, DeviceFault>,
+        F: FnMut(DescriptorChain<&GuestMemoryMmap>) -> Result<Option<u32>, DeviceFault>,
     {
         self.forget_kicks();
         let mut budget = self.queue.size();
@@ -229,8 +235,9 @@ impl ActiveQueue {
                     break;
                 };
                 let head = chain.head_index();
-                let written = serve(chain)?;
-                self.complete(memory, head, written)?;
+                if let Some(written) = serve(chain)? {
+                    self.complete(memory, head, written)?;
+                }
                 budget = budget.saturating_sub(1);
             }
             let more = self.arm(memory)?;

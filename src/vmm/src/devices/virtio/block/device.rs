@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_server::Complaints;
 use thiserror::Error;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::direct::Direct;
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
-use super::request::{Disk, SECTOR, SERIAL_LEN};
+use super::engine::{Engine, Served};
+use super::request::{Disk, Request, SECTOR, SERIAL_LEN};
 use crate::devices::virtio::rate::{Limit, RateLimiter};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceFault, DeviceType, EventHandler, GuestMemory,
@@ -34,6 +35,7 @@ pub(super) const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 const QUEUE_SIZE: u16 = 256;
 const QUEUE: u64 = 0;
 const TIMER: u64 = 1;
+const DONE: u64 = 2;
 
 /// Why a file can't be a disk.
 #[derive(Debug, Error)]
@@ -68,6 +70,7 @@ pub struct BlockDevice {
     discard_alignment: u32,
     queue_sizes: Vec<u16>,
     limiter: Option<Arc<RateLimiter>>,
+    io_uring: bool,
     /// One for each queue that the driver uses.
     workers: Vec<Worker>,
 }
@@ -112,6 +115,7 @@ impl BlockDevice {
             discard_alignment: discard_alignment.max(1),
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             limiter: None,
+            io_uring: false,
             workers: Vec::new(),
         })
     }
@@ -119,6 +123,11 @@ impl BlockDevice {
     /// Lets it do no more than so much in a second, from its next start on; 0 is no limit.
     pub fn limit(&mut self, bytes: u64, operations: u64) {
         self.limiter = RateLimiter::new(bytes, operations).map(Arc::new);
+    }
+
+    /// Lets requests go on beside each other, from its next start on, where the host's kernel can do that.
+    pub fn use_io_uring(&mut self) {
+        self.io_uring = true;
     }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -143,6 +152,11 @@ impl BlockDevice {
                 interrupt: Arc::clone(&interrupt),
                 features,
                 limit: Limit::of(self.limiter.as_ref()).map_err(ActivateError::Worker)?,
+                engine: if self.io_uring {
+                    Engine::RingToBe
+                } else {
+                    Engine::InTurn
+                },
             };
             let worker = Worker::spawn(&name, Arc::clone(&interrupt), handler);
             self.workers.push(worker.map_err(ActivateError::Worker)?);
@@ -231,7 +245,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn reset(&mut self) {
-        // A worker serves its requests one by one: when it has ended, none is in flight.
+        // A worker waits for what is under way before it ends.
         for worker in self.workers.drain(..) {
             worker.stop();
         }
@@ -246,6 +260,7 @@ struct Handler {
     interrupt: Arc<dyn Interrupt>,
     features: u64,
     limit: Option<Limit>,
+    engine: Engine,
 }
 
 impl EventHandler for Handler {
@@ -257,34 +272,69 @@ impl EventHandler for Handler {
         }
     }
 
-    fn handle(&mut self, _: &Poller, token: u64, _: EventSet) -> Result<(), DeviceFault> {
-        let memory = self.memory.memory();
-        let (disk, features) = (&self.disk, self.features);
-        let Some(limit) = &mut self.limit else {
-            return self.queue.serve(&memory, &*self.interrupt, |chain| {
-                disk.serve(&memory, chain, features)
-            });
-        };
-        if token == TIMER {
-            limit.awake()?;
+    fn handle(&mut self, poller: &Poller, token: u64, _: EventSet) -> Result<(), DeviceFault> {
+        let memory = self.memory.memory().into_inner();
+        let mut served = Vec::new();
+        if token == DONE {
+            self.engine
+                .finish(&self.disk, &memory, self.features, &mut served)?;
+        } else {
+            let size = self.queue.size();
+            self.engine.prepare(&self.disk, size, poller, DONE);
+            if token == TIMER
+                && let Some(limit) = &mut self.limit
+            {
+                limit.awake()?;
+            }
+            self.serve(&memory, &mut served)?;
         }
-        let limiter = limit.limiter();
-        let ready = || limiter.wait().is_none();
-        let left = self
-            .queue
-            .serve_while(ready, &memory, &*self.interrupt, |chain| {
+        if served.is_empty() {
+            return Ok(());
+        }
+        self.queue.complete_all(&memory, &served)?;
+        self.queue.signal(&memory, &*self.interrupt)
+    }
+}
+
+impl Handler {
+    /// Serves what the driver has made available, or begins to. What was under way and is done by then goes
+    /// into `served`.
+    fn serve(
+        &mut self,
+        memory: &Arc<GuestMemoryMmap>,
+        served: &mut Vec<Served>,
+    ) -> Result<(), DeviceFault> {
+        let (disk, features, engine) = (&self.disk, self.features, &mut self.engine);
+        let limiter = self.limit.as_ref().map(Limit::limiter);
+        let ready = || limiter.is_none_or(|limiter| limiter.wait().is_none());
+        let interrupt = &*self.interrupt;
+        let left = self.queue.serve_while(ready, memory, interrupt, |chain| {
+            if let Some(limiter) = limiter {
                 let lens = chain.clone().map(|buffer| u64::from(buffer.len()));
                 // What moves more than the disk holds is refused, and moves nothing.
                 limiter.pay(lens.fold(0, u64::saturating_add).min(disk.bytes()));
-                let served = disk.serve(&memory, chain, features);
+            }
+            let head = chain.head_index();
+            let request = Request::of(memory, chain)?;
+            if engine.start(disk, memory, head, &request) {
+                return Ok(None);
+            }
+            if disk.direct.is_some() {
+                // It may have to be the only one that writes.
+                engine.settle(disk, memory, features, served)?;
+            }
+            let written = disk.serve(memory, request, features);
+            if let Some(limiter) = limiter {
                 limiter.pay_more(disk.filled.swap(0, Ordering::Relaxed));
-                served
-            })?;
-        if !left {
-            return Ok(());
+            }
+            written.map(Some)
+        })?;
+        self.engine.submit()?;
+        match &mut self.limit {
+            // The driver need not kick for what it has left.
+            Some(limit) if left => limit.sleep(),
+            _ => Ok(()),
         }
-        // The driver need not kick for what it has left.
-        limit.sleep()
     }
 }
 

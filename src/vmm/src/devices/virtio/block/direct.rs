@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags, fcntl_getfl, ioctl_blksszget, statx};
 
@@ -20,9 +20,42 @@ const PIECE: usize = 256 << 10;
 pub(super) struct Direct {
     /// Bytes of a block: a power of two, and a sector at least.
     block: usize,
-    /// Held alone by who changes a part of a block, since it reads and writes all of it; shared by
-    /// all others that change the file.
-    parts: RwLock<()>,
+    /// Who changes the file.
+    writers: Arc<Writers>,
+}
+
+/// Who changes a part of a block reads and writes all of it, and must be alone; all others that change the
+/// file may do so beside each other. No lock: a write may begin in one call and end in another.
+#[derive(Debug, Default)]
+struct Writers {
+    sharing: Mutex<usize>,
+    none: Condvar,
+}
+
+/// Somebody who changes whole blocks, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Share(Arc<Writers>);
+
+impl Writers {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.sharing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for all others, and keeps new ones from beginning as long as the guard is held.
+    fn alone(&self) -> MutexGuard<'_, usize> {
+        let sharing = self.none.wait_while(self.lock(), |sharing| *sharing > 0);
+        sharing.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut sharing = self.0.lock();
+        *sharing = sharing.saturating_sub(1);
+        if *sharing == 0 {
+            self.0.none.notify_all();
+        }
+    }
 }
 
 /// Where in the file a piece of a transfer lies.
@@ -52,7 +85,7 @@ impl Direct {
         let block = block.and_then(usize::checked_next_power_of_two);
         Self {
             block: block.unwrap_or(PIECE),
-            parts: RwLock::new(()),
+            writers: Arc::default(),
         }
     }
 
@@ -67,8 +100,10 @@ impl Direct {
     }
 
     /// Held while whole blocks change, or the kernel looks after those that do in part.
-    pub(super) fn share(&self) -> RwLockReadGuard<'_, ()> {
-        self.parts.read().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn share(&self) -> Share {
+        let mut sharing = self.writers.lock();
+        *sharing = sharing.saturating_add(1);
+        Share(Arc::clone(&self.writers))
     }
 
     /// Fills the buffers from `offset` of the file.
@@ -102,8 +137,7 @@ impl Direct {
         let mut bounce = Bounce::new(self, &buffers);
         while let Some(span) = self.span(offset, &buffers) {
             let partial = span.len != span.blocks;
-            let lock = || self.parts.write().unwrap_or_else(PoisonError::into_inner);
-            let _alone = partial.then(lock);
+            let _alone = partial.then(|| self.writers.alone());
             let _shared = (!partial).then(|| self.share());
             let blocks = bounce.get(span.blocks)?;
             if partial {

@@ -122,7 +122,7 @@ fn writers_of_one_block_keep_each_others_sectors() {
 
 /// A new file that is opened with O_DIRECT. Beside this program, which is on a disk; a folder for
 /// temporary files might not be.
-fn open_direct() -> File {
+pub(super) fn open_direct() -> File {
     let program = std::env::current_exe().unwrap();
     let path = tempfile::NamedTempFile::new_in(program.parent().unwrap());
     let path = path.unwrap().into_temp_path();

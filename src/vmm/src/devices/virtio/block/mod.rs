@@ -7,6 +7,7 @@ mod direct;
 #[cfg(test)]
 mod direct_tests;
 mod discard;
+mod engine;
 #[cfg(test)]
 mod queue_tests;
 mod request;

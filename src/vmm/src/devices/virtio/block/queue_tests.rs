@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::device::{FEATURE_FLUSH, FEATURE_MQ};
+use super::direct_tests::open_direct;
 use super::{BlockDevice, BlockError};
 use crate::devices::virtio::test_ring::{NEXT, NoInterrupt, Ring, WRITE};
 use crate::devices::virtio::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
@@ -45,6 +46,13 @@ impl Fixture {
             device,
             file,
         }
+    }
+
+    /// The same, in both ways that a disk can be served.
+    fn both(queues: u16) -> [Self; 2] {
+        let mut beside = Self::new(queues);
+        beside.device.use_io_uring();
+        [Self::new(queues), beside]
     }
 
     /// Starts the device for a driver that has enabled these queues.
@@ -156,36 +164,38 @@ impl Interrupt for Meeting {
 
 #[test]
 fn two_queues_are_served_at_once() {
-    let mut fixture = Fixture::new(2);
-    let meeting = Arc::new(Meeting::default());
-    let interrupt = Arc::clone(&meeting) as Arc<dyn Interrupt>;
-    fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
-    fixture.request(0, OUT, 3, 0x33);
-    fixture.request(1, OUT, 4, 0x44);
-    assert_eq!(fixture.finish(0), Some(0));
-    assert_eq!(fixture.finish(1), Some(0));
-    // Both workers have ended then, and so has their wait for each other.
-    fixture.device.reset();
-    assert!(!meeting.missed.load(Ordering::Relaxed));
-    assert_eq!(fixture.sector(3), [0x33; 512]);
-    assert_eq!(fixture.sector(4), [0x44; 512]);
+    for mut fixture in Fixture::both(2) {
+        let meeting = Arc::new(Meeting::default());
+        let interrupt = Arc::clone(&meeting) as Arc<dyn Interrupt>;
+        fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
+        fixture.request(0, OUT, 3, 0x33);
+        fixture.request(1, OUT, 4, 0x44);
+        assert_eq!(fixture.finish(0), Some(0));
+        assert_eq!(fixture.finish(1), Some(0));
+        // Both workers have ended then, and so has their wait for each other.
+        fixture.device.reset();
+        assert!(!meeting.missed.load(Ordering::Relaxed));
+        assert_eq!(fixture.sector(3), [0x33; 512]);
+        assert_eq!(fixture.sector(4), [0x44; 512]);
+    }
 }
 
 #[test]
 fn what_one_queue_wrote_the_other_reads() {
-    let mut fixture = Fixture::new(2);
-    let interrupt = Arc::new(NoInterrupt);
-    fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
-    for round in 1..50 {
-        let (writer, reader) = (usize::from(round % 2), usize::from((round + 1) % 2));
-        fixture.request(writer, OUT, 5, round);
-        assert_eq!(fixture.finish(writer), Some(0));
-        fixture.request(reader, IN, 5, 0);
-        assert_eq!(fixture.finish(reader), Some(0));
-        let data = fixture.rings[reader].buffer(1);
-        let mut bytes = [0; 512];
-        fixture.memory.read_slice(&mut bytes, data).unwrap();
-        assert_eq!(bytes, [round; 512]);
+    for mut fixture in Fixture::both(2) {
+        let interrupt = Arc::new(NoInterrupt);
+        fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
+        for round in 1..50 {
+            let (writer, reader) = (usize::from(round % 2), usize::from((round + 1) % 2));
+            fixture.request(writer, OUT, 5, round);
+            assert_eq!(fixture.finish(writer), Some(0));
+            fixture.request(reader, IN, 5, 0);
+            assert_eq!(fixture.finish(reader), Some(0));
+            let data = fixture.rings[reader].buffer(1);
+            let mut bytes = [0; 512];
+            fixture.memory.read_slice(&mut bytes, data).unwrap();
+            assert_eq!(bytes, [round; 512]);
+        }
     }
 }
 
@@ -223,38 +233,39 @@ fn a_driver_without_a_queue_is_told() {
 
 #[test]
 fn a_reset_ends_all_queues_and_a_driver_may_come_back() {
-    let mut fixture = Fixture::new(2);
-    for round in 1..20 {
-        fixture.rings = (0..2).map(|index| ring(&fixture.memory, index)).collect();
-        fixture
-            .memory
-            .write_slice(&[0; 0x4000], GuestAddress(0))
-            .unwrap();
-        fixture
-            .memory
-            .write_slice(&[0; 0x4000], GuestAddress(0x1_0000))
-            .unwrap();
-        let interrupt = Arc::new(NoInterrupt);
-        fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
-        for queue in 0..2 {
-            fixture.request(queue, OUT, 7 + queue as u64, round);
-        }
-        // Served or not: nothing is half done, and nothing happens any more.
-        fixture.device.reset();
-        for queue in 0..2 {
-            let status = fixture.rings[queue].buffer(2);
-            let status: u8 = fixture.memory.read_obj(status).unwrap();
-            let used = fixture.rings[queue].take_used().is_some();
-            assert_eq!(used, status == 0);
-            if used {
-                assert_eq!(fixture.sector(7 + queue as u64), [round; 512]);
-                fixture.request(queue, OUT, 9, 0x99);
-                fixture.rings[queue].kick.write(1).unwrap();
+    for mut fixture in Fixture::both(2) {
+        for round in 1..20 {
+            fixture.rings = (0..2).map(|index| ring(&fixture.memory, index)).collect();
+            fixture
+                .memory
+                .write_slice(&[0; 0x4000], GuestAddress(0))
+                .unwrap();
+            fixture
+                .memory
+                .write_slice(&[0; 0x4000], GuestAddress(0x1_0000))
+                .unwrap();
+            let interrupt = Arc::new(NoInterrupt);
+            fixture.activate(FEATURE_MQ, &[0, 1], interrupt).unwrap();
+            for queue in 0..2 {
+                fixture.request(queue, OUT, 7 + queue as u64, round);
             }
+            // Served or not: nothing is half done, and nothing happens any more.
+            fixture.device.reset();
+            for queue in 0..2 {
+                let status = fixture.rings[queue].buffer(2);
+                let status: u8 = fixture.memory.read_obj(status).unwrap();
+                let used = fixture.rings[queue].take_used().is_some();
+                assert_eq!(used, status == 0);
+                if used {
+                    assert_eq!(fixture.sector(7 + queue as u64), [round; 512]);
+                    fixture.request(queue, OUT, 9, 0x99);
+                    fixture.rings[queue].kick.write(1).unwrap();
+                }
+            }
+            assert_eq!(fixture.sector(9), [0; 512]);
         }
-        assert_eq!(fixture.sector(9), [0; 512]);
+        fixture.device.reset();
     }
-    fixture.device.reset();
 }
 
 #[test]
@@ -279,3 +290,56 @@ fn the_number_of_queues_is_told_and_bounded() {
         ));
     }
 }
+
+#[test]
+fn a_part_of_a_block_is_written_when_no_other_block_is() {
+    const BLOCK: u32 = 4096;
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let file = open_direct();
+    file.set_len(SECTORS * 512).unwrap();
+    let mut device = BlockDevice::new("disk", file.try_clone().unwrap(), false, 1).unwrap();
+    device.use_io_uring();
+    let mut ring = Ring::new(memory.clone(), 0, 0, SIZE, BLOCK);
+    // Blocks 1 and 2, and a sector in the middle of each, all at once.
+    let requests = [(8, BLOCK, 1), (10, 512, 2), (16, BLOCK, 3), (20, 512, 4)];
+    for (first, (sector, len, fill)) in (0_u16..).step_by(3).zip(requests) {
+        let [header, data, status] = [0, 1, 2].map(|id| ring.buffer(first + id));
+        memory.write_obj(OUT, header).unwrap();
+        memory
+            .write_obj(sector, GuestAddress(header.0 + 8))
+            .unwrap();
+        memory.write_slice(&vec![fill; len as usize], data).unwrap();
+        ring.describe(first, header.0, 16, NEXT, first + 1);
+        ring.describe(first + 1, data.0, len, NEXT, first + 2);
+        ring.describe(first + 2, status.0, 1, WRITE, 0);
+        ring.offer_quietly(first);
+    }
+    let activation = Activation {
+        memory: GuestMemory::new(memory.clone()),
+        features: FEATURE_FLUSH,
+        queues: vec![ring.active()],
+        interrupt: Arc::new(NoInterrupt),
+    };
+    device.activate(activation).unwrap();
+    ring.kick.write(1).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let mut done = 0;
+    while done < requests.len() {
+        assert!(Instant::now() < deadline, "{done} requests are done");
+        done += usize::from(ring.take_used().is_some());
+        thread::yield_now();
+    }
+    device.reset();
+    let mut disk = Aligned([0; 0x8000]);
+    file.read_exact_at(&mut disk.0, 0).unwrap();
+    let mut expected = [0; 0x8000];
+    for (sector, len, fill) in requests {
+        let at = usize::try_from(sector * 512_u64).unwrap();
+        expected[at..at + len as usize].fill(fill);
+    }
+    assert!(disk.0 == expected);
+}
+
+/// What O_DIRECT reads into.
+#[repr(align(4096))]
+struct Aligned([u8; 0x8000]);

@@ -10,12 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_server::Complaints;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice,
+};
 
 use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES, MAX_BUFFERS};
 use super::direct::Direct;
 use super::discard::Clearing;
 use crate::devices::virtio::DeviceFault;
+use crate::sys::uring::Operation;
 use crate::sys::vectored;
 
 /// Bytes of a sector, the unit of all addresses.
@@ -60,7 +63,28 @@ pub(super) struct Disk {
 pub(super) struct Buffers<'a>(Vec<VolatileSlice<'a>>);
 
 /// A request's outcome: its status, and the bytes written to the guest before the status byte.
-type Outcome = Result<usize, u8>;
+pub(super) type Outcome = Result<usize, u8>;
+
+/// A request, as the driver has made it.
+#[derive(Debug)]
+pub(super) struct Request<'a> {
+    /// Absent where it is too short.
+    header: Option<[u8; HEADER]>,
+    readable: Buffers<'a>,
+    writable: Buffers<'a>,
+    /// Where its status goes.
+    pub(super) status: GuestAddress,
+}
+
+/// A request that moves data between disk and memory, or waits for the disk, and nothing else.
+#[derive(Debug)]
+pub(super) struct Transfer<'r, 'a> {
+    pub(super) operation: Operation,
+    pub(super) buffers: &'r [VolatileSlice<'a>],
+    /// In the file.
+    pub(super) offset: u64,
+    pub(super) bytes: usize,
+}
 
 impl Disk {
     /// What it holds.
@@ -83,31 +107,23 @@ impl Disk {
         Ok(bytes.saturating_sub(rest) / SECTOR)
     }
 
-    /// Serves the request in `chain` of a driver that agreed on `features`, and returns the bytes
-    /// written to guest memory.
+    /// Serves a request of a driver that agreed on `features`, and returns the bytes written to guest
+    /// memory.
     ///
-    /// Fails only when the driver left no byte for the status, or memory that isn't there: no
-    /// answer is possible then.
+    /// # Errors
+    /// The place for the status isn't there: no answer is possible then.
     pub(super) fn serve(
         &self,
         memory: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        request: Request<'_>,
         features: u64,
     ) -> Result<u32, DeviceFault> {
-        let (mut readable, mut writable) = buffers(memory, chain)?;
-        let status = writable.take_last_byte();
-        let status = status.ok_or(DeviceFault::Driver("a request has no status byte"))?;
-        let outcome = match readable.take_header() {
-            Some(header) => self.run(header, readable, writable, features),
+        let status = request.status;
+        let outcome = match request.header {
+            Some(header) => self.run(header, request.readable, request.writable, features),
             None => Err(IO_ERROR),
         };
-        let (code, written) = match outcome {
-            Ok(written) => (OK, written),
-            Err(code) => (code, 0),
-        };
-        let stored = status.write_obj(code, 0);
-        stored.map_err(|_| DeviceFault::Driver("a status byte lies outside of memory"))?;
-        Ok(u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX))
+        answer(memory, status, outcome)
     }
 
     fn run(
@@ -117,9 +133,8 @@ impl Disk {
         writable: Buffers<'_>,
         features: u64,
     ) -> Outcome {
-        let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
-        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        match u32::from_le_bytes([t0, t1, t2, t3]) {
+        let (kind, sector) = parse(header);
+        match kind {
             IN => {
                 let (offset, len) = self.range(sector, &writable)?;
                 self.read(writable, offset)?;
@@ -143,6 +158,53 @@ impl Disk {
                 self.written(features)
             }
             _ => Err(UNSUPPORTED),
+        }
+    }
+
+    /// The request as one operation of the kernel's, if it is no more than that.
+    pub(super) fn transfer_of<'r, 'a>(&self, request: &'r Request<'a>) -> Option<Transfer<'r, 'a>> {
+        let (kind, sector) = parse(request.header?);
+        let (operation, buffers) = match kind {
+            IN => (Operation::Read, &request.writable),
+            OUT if !self.read_only => (Operation::Write, &request.readable),
+            FLUSH => {
+                return Some(Transfer {
+                    operation: Operation::Sync,
+                    buffers: &[],
+                    offset: 0,
+                    bytes: 0,
+                });
+            }
+            _ => return None,
+        };
+        let (offset, bytes) = self.range(sector, buffers).ok()?;
+        let direct = self.direct.as_ref();
+        let fits = direct.is_none_or(|direct| direct.fits(buffers, offset));
+        (fits && bytes > 0).then_some(Transfer {
+            operation,
+            buffers: &buffers.0,
+            offset,
+            bytes,
+        })
+    }
+
+    /// What has become of a transfer that moved so many bytes of those asked for, of a driver that agreed on
+    /// `features`.
+    pub(super) fn transferred(
+        &self,
+        operation: Operation,
+        bytes: usize,
+        moved: io::Result<usize>,
+        features: u64,
+    ) -> Outcome {
+        match moved {
+            Ok(moved) if moved < bytes => Err(self.failed(&io::ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err(self.failed(&error)),
+            Ok(_) => match operation {
+                Operation::Read => Ok(bytes),
+                Operation::Write => self.written(features),
+                Operation::Sync => Ok(0),
+            },
         }
     }
 
@@ -232,35 +294,78 @@ impl Disk {
     }
 }
 
-/// The chain's buffers, those to read and those to write.
-fn buffers<'a>(
-    memory: &'a GuestMemoryMmap,
-    chain: DescriptorChain<&GuestMemoryMmap>,
-) -> Result<(Buffers<'a>, Buffers<'a>), DeviceFault> {
-    let outside = |_| DeviceFault::Driver("a buffer lies outside of memory");
-    let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
-    for descriptor in chain {
-        let (list, access) = if descriptor.is_write_only() {
-            (&mut writable, Permissions::Write)
-        } else if writable.0.is_empty() {
-            (&mut readable, Permissions::Read)
-        } else {
-            // Section 2.7.4.2.
-            return Err(DeviceFault::Driver("a buffer to read follows one to write"));
-        };
-        let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
-        let slices = memory.get_slices(descriptor.addr(), len, access);
-        for slice in slices.map_err(outside)? {
-            let slice = slice.map_err(outside)?;
-            if !slice.is_empty() {
-                list.0.push(slice);
+/// The type and the sector.
+fn parse(header: [u8; HEADER]) -> (u32, u64) {
+    let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    (u32::from_le_bytes([t0, t1, t2, t3]), sector)
+}
+
+/// Writes the status, and returns the bytes written to guest memory.
+pub(super) fn answer(
+    memory: &GuestMemoryMmap,
+    status: GuestAddress,
+    outcome: Outcome,
+) -> Result<u32, DeviceFault> {
+    let (code, written) = match outcome {
+        Ok(written) => (OK, written),
+        Err(code) => (code, 0),
+    };
+    let stored = memory.write_obj(code, status);
+    stored.map_err(|_| DeviceFault::Driver("a status byte lies outside of memory"))?;
+    Ok(u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX))
+}
+
+impl<'a> Request<'a> {
+    /// Takes a chain apart: a header, data, and a byte for the status at its end.
+    ///
+    /// # Errors
+    /// The driver left no byte for the status, or memory that isn't there.
+    pub(super) fn of(
+        memory: &'a GuestMemoryMmap,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<Self, DeviceFault> {
+        let outside = |_| DeviceFault::Driver("a buffer lies outside of memory");
+        let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
+        let mut status = None;
+        for descriptor in chain {
+            let (list, access) = if descriptor.is_write_only() {
+                (&mut writable, Permissions::Write)
+            } else if writable.0.is_empty() {
+                (&mut readable, Permissions::Read)
+            } else {
+                // Section 2.7.4.2.
+                return Err(DeviceFault::Driver("a buffer to read follows one to write"));
+            };
+            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            let slices = memory.get_slices(descriptor.addr(), len, access);
+            for slice in slices.map_err(outside)? {
+                let slice = slice.map_err(outside)?;
+                if !slice.is_empty() {
+                    list.0.push(slice);
+                }
+            }
+            if list.0.len() > MAX_BUFFERS {
+                return Err(DeviceFault::Driver("a request has too many buffers"));
+            }
+            if descriptor.is_write_only()
+                && let Some(last) = descriptor.len().checked_sub(1)
+            {
+                status = descriptor.addr().checked_add(last.into());
             }
         }
-        if list.0.len() > MAX_BUFFERS {
-            return Err(DeviceFault::Driver("a request has too many buffers"));
-        }
+        let none = DeviceFault::Driver("a request has no status byte");
+        let (Some(status), Some(())) = (status, writable.drop_last_byte()) else {
+            return Err(none);
+        };
+        let header = readable.take_header();
+        Ok(Self {
+            header,
+            readable,
+            writable,
+            status,
+        })
     }
-    Ok((readable, writable))
 }
 
 impl<'a> Buffers<'a> {
@@ -300,14 +405,14 @@ impl<'a> Buffers<'a> {
         bytes.is_empty().then_some(())
     }
 
-    /// Splits the last byte off.
-    fn take_last_byte(&mut self) -> Option<VolatileSlice<'a>> {
+    /// Cuts the last byte off, if there is one.
+    fn drop_last_byte(&mut self) -> Option<()> {
         let last = self.0.pop()?;
-        let (data, byte) = last.split_at(last.len().checked_sub(1)?).ok()?;
+        let data = last.subslice(0, last.len().checked_sub(1)?).ok()?;
         if !data.is_empty() {
             self.0.push(data);
         }
-        Some(byte)
+        Some(())
     }
 
     /// Drops `count` bytes from the front.

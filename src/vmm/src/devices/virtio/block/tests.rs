@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES};
 use super::discard::{MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
-use super::request::{Disk, IO_ERROR, OK, SERIAL_LEN, UNSUPPORTED};
+use super::request::{Disk, IO_ERROR, OK, Request, SERIAL_LEN, UNSUPPORTED};
 use super::{BlockDevice, BlockError};
 use crate::devices::virtio::test_ring::{NEXT, WRITE, descriptors};
 use crate::devices::virtio::{DeviceFault, VirtioDevice};
@@ -104,7 +104,8 @@ impl Fixture {
     fn serve(&self, buffers: &[(u64, u32, u16)]) -> Result<u32, DeviceFault> {
         let queue = MockSplitQueue::new(&self.memory, 16);
         let chain = queue.build_desc_chain(&descriptors(buffers)).unwrap();
-        self.disk.serve(&self.memory, chain, self.features)
+        let request = Request::of(&self.memory, chain)?;
+        self.disk.serve(&self.memory, request, self.features)
     }
 
     /// A request with one data buffer.
@@ -330,7 +331,8 @@ fn a_chain_that_bites_its_tail_ends() {
     queue.desc_table().store(1, descriptors[1]).unwrap();
     let chain = queue.build_desc_chain(&descriptors).unwrap();
     // Fifteen buffers of 512 bytes, the last byte of which is the status.
-    assert_eq!(fixture.disk.serve(&fixture.memory, chain, 0).unwrap(), 1);
+    let request = Request::of(&fixture.memory, chain).unwrap();
+    assert_eq!(fixture.disk.serve(&fixture.memory, request, 0).unwrap(), 1);
 }
 
 #[test]
