@@ -139,9 +139,9 @@ fn what_the_operator_shares_is_in_every_guest() -> Outcome {
             lent.display()
         ))?;
         // No container binds them: root of the guest looks where the agent would.
-        let script = "mount -t virtiofs kataShared /mnt && cd /mnt/passthrough/sandbox-mounts && \
+        let script = "mkdir /view && mount -t virtiofs kataShared /view && cd /view/passthrough/sandbox-mounts && \
                       cat given/file && cat lent/file && echo back >lent/file && \
-                      mount -o remount,rw /mnt && ! sh -c 'echo back >given/file' 2>/dev/null";
+                      mount -o remount,rw /view && ! sh -c 'echo back >given/file' 2>/dev/null";
         let output = host
             .ctr()
             .run_script(&["--privileged"], "shared", script)?
