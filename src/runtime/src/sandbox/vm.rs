@@ -156,11 +156,12 @@ impl Vm {
         Self::spawn(command, None).unwrap()
     }
 
-    /// One whose end is never seen: what it started keeps its control socket open.
+    /// One whose end is never seen: what it started keeps its control socket open. As another
+    /// descriptor, for a shell gives what it starts beside itself an empty input.
     #[cfg(test)]
     fn without_end() -> Self {
         let mut command = Command::new("sh");
-        command.args(["-c", "cat <&0 & exec sleep 1000"]);
+        command.args(["-c", "exec 3<&0; cat <&3 & exec sleep 1000"]);
         Self::spawn(command, None).unwrap()
     }
 
