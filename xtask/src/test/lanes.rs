@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// Memory of this machine that each lane but the first asks for, in MiB: its VM's, and what the host keeps
 /// of the files that the VM reads.
-const MEMORY: u64 = 8192;
+const MEMORY: u64 = 7168;
 /// How often the suites under way are mentioned.
 const REMINDER: Duration = Duration::from_secs(60);
 
