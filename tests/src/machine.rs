@@ -31,6 +31,8 @@ pub const READY: u32 = 1024;
 
 /// Far longer than anything here takes, even under emulation.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// For a new size: where a page was in use, Linux tries again after 50 s and after 100 s more.
+const RESIZED: Duration = Duration::from_secs(200);
 
 /// Memory at the start, in MiB.
 pub const MEMORY: u32 = 256;
@@ -310,7 +312,7 @@ impl Machine {
     /// It has another.
     pub fn await_change(&self, wanted: impl Fn(Size) -> bool) -> Result<Size> {
         let sizes = self.sizes.lock().unwrap_or_else(PoisonError::into_inner);
-        let deadline = Instant::now().checked_add(PATIENCE);
+        let deadline = Instant::now().checked_add(RESIZED);
         let mut last = None;
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));

@@ -15,7 +15,7 @@ use tests::cri::LIMIT;
 use tests::cri::messages::{CreateTaskRequest, Empty, TaskMount, TaskRequest};
 use tests::disk::{Assigned, Image, Loop, with_device};
 use tests::pod::{Pod, Spec};
-use tests::procs;
+use tests::procs::{self, OpenFile};
 use tests::scenario::{Outcome, pod_vm_scenario};
 use tests::volume::{Access, Volumes, privileged, with_mount};
 use tests::wait::until;
@@ -293,10 +293,9 @@ fn disks_are_what_the_configuration_says() -> Outcome {
             .find(|file| file.target == name)
             .context("no disk")?;
         ensure!(disk.flags & OFlags::DIRECT.bits() != 0, "{disk:?}");
-        let rings = files
-            .iter()
-            .filter(|file| file.target.ends_with("[io_uring]"));
-        ensure!(rings.count() == 2, "not a ring for each queue: {files:?}");
+        // Of the queue that was used.
+        let ring = |file: &OpenFile| file.target.ends_with("[io_uring]");
+        ensure!(files.iter().any(ring), "no ring: {files:?}");
         ensure!(device.start(6)? == "direct");
         let script = format!("dd if=/dev/zero of={name} bs=64k count=64 conv=fsync 2>/dev/null");
         let output = ctr.exec(&[], id, "writes", &["sh", "-c", &script])?;
