@@ -300,8 +300,8 @@ fn a_part_of_a_block_is_written_when_no_other_block_is() {
     let mut device = BlockDevice::new("disk", file.try_clone().unwrap(), false, 1).unwrap();
     device.use_io_uring();
     let mut ring = Ring::new(memory.clone(), 0, 0, SIZE, BLOCK);
-    // Blocks 1 and 2, and a sector in the middle of each, all at once.
-    let requests = [(8, BLOCK, 1), (10, 512, 2), (16, BLOCK, 3), (20, 512, 4)];
+    // Blocks 1 and 2, and two sectors of block 3, all at once: none that overlap, for these have no order.
+    let requests = [(8, BLOCK, 1), (26, 512, 2), (16, BLOCK, 3), (28, 512, 4)];
     for (first, (sector, len, fill)) in (0_u16..).step_by(3).zip(requests) {
         let [header, data, status] = [0, 1, 2].map(|id| ring.buffer(first + id));
         memory.write_obj(OUT, header).unwrap();
