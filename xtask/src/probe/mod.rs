@@ -43,7 +43,7 @@ impl fmt::Display for Times {
         let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
         write!(
             f,
-            "{} instructions in {:.1} ms, {:.1} ms outside of a guest",
+            "{} instructions in {:.1} ms, {:.2} ms outside of a guest",
             ROUNDS.saturating_mul(2),
             milliseconds(self.guest),
             milliseconds(self.here)
