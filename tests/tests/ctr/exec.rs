@@ -150,7 +150,7 @@ fn a_signal_reaches_one_exec_alone() -> Outcome {
     scenario(signal)
 }
 
-fn signal(ctr: &Ctr) -> Result<()> {
+pub(crate) fn signal(ctr: &Ctr) -> Result<()> {
     let id = "exec-signal";
     beside(ctr, id, || {
         let script = "trap 'echo got it; exit 5' USR1; echo up; while :; do sleep 0.1; done";

@@ -32,7 +32,7 @@ fn a_killed_container_exits_with_137() -> Outcome {
     scenario(killed)
 }
 
-fn killed(ctr: &Ctr) -> Result<()> {
+pub(crate) fn killed(ctr: &Ctr) -> Result<()> {
     let running = ctr.start_run(&[], "killed", &["sh", "-c", "echo up; exec sleep 1000"])?;
     running.wait_for_stdout("up", LIMIT)?;
     ctr.kill("killed", "SIGKILL")?;

@@ -19,6 +19,7 @@ type Body = fn(&Ctr) -> Result<()>;
 
 const BODIES: &[(&str, Body)] = &[
     ("exit codes", run::exit_codes),
+    ("a killed container", run::killed),
     ("input", run::input),
     ("two streams", run::two_streams),
     ("a terminal", run::terminal),
@@ -27,6 +28,7 @@ const BODIES: &[(&str, Body)] = &[
     ("an exec's terminal", exec::terminal),
     ("a missing command", exec::missing_command),
     ("a background child", exec::background_child),
+    ("a signal to an exec", exec::signal),
 ];
 
 #[test]
