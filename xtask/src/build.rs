@@ -75,7 +75,7 @@ pub(crate) fn cargo(action: &str, profile: Profile) -> Result<Command> {
 }
 
 /// The static program `name` of this workspace, where a build with `profile` has put it.
-pub(crate) fn program(profile: Profile, name: &str) -> Result<PathBuf> {
+fn program(profile: Profile, name: &str) -> Result<PathBuf> {
     let folder = workspace::target_dir()?.join(STATIC_TARGET);
     Ok(folder.join(profile.folder()).join(name))
 }

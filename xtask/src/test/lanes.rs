@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Suites that need root and a machine of their own: each lane is a dev VM that takes one suite after the
-//! other. A suite waits for its guests most of the time, so that several lanes fit on a machine.
+//! other. A suite leaves a third of two CPUs idle, so that several lanes fit on a machine.
 
 use super::{Finished, Suite};
 use crate::build::Profile;

@@ -29,13 +29,6 @@ struct Suite {
     skip: &'static [&'static str],
 }
 
-impl Suite {
-    /// The line above its output.
-    fn title(&self) -> String {
-        format!("suite {}: {}", self.name, self.about)
-    }
-}
-
 /// Where a suite runs.
 #[derive(Clone, Copy, Debug)]
 enum Place {
@@ -52,6 +45,11 @@ enum Place {
 }
 
 impl Suite {
+    /// The line above its output.
+    fn title(&self) -> String {
+        format!("suite {}: {}", self.name, self.about)
+    }
+
     /// The test binary, which several suites may share.
     fn binary(&self) -> &'static str {
         match self.place {

@@ -2,6 +2,7 @@
 //! Files and folders of the host that the operator shares with every guest (`sandbox_bind_mounts`). The
 //! guest finds each by its last name, whether a container binds it or not.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ pub(crate) struct HostPath {
 
 impl HostPath {
     /// Reads Kata's form: an absolute path, which `:rw` lets the guest write to, and `:ro` or nothing not.
-    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+    fn parse(text: &str) -> Result<Self, String> {
         let (path, writable) = match text.rsplit_once(':') {
             Some((path, "rw")) => (path, true),
             Some((path, "ro")) => (path, false),
@@ -36,13 +37,26 @@ impl HostPath {
         }
     }
 
+    /// Reads several; the guest tells them apart by their last names.
+    pub(crate) fn parse_all(texts: &[String]) -> Result<Vec<Self>, String> {
+        let paths: Vec<_> = texts
+            .iter()
+            .map(|text| Self::parse(text))
+            .collect::<Result<_, _>>()?;
+        let mut names = BTreeSet::new();
+        match paths.iter().find(|path| !names.insert(path.name())) {
+            Some(twice) => Err(format!("holds two paths that end in {:?}", twice.name())),
+            None => Ok(paths),
+        }
+    }
+
     /// Where it is on the host.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
     /// What the guest calls it.
-    pub(crate) fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The keys that set something.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -421,7 +421,7 @@ pub(super) static SETTINGS: &[Key] = &[
             shown.map(Value::from).collect::<Vec<_>>().into()
         },
         |config, value| {
-            config.host_paths = host_paths(value)?;
+            config.host_paths = HostPath::parse_all(&texts(value)?)?;
             Ok(())
         },
     ),
@@ -432,20 +432,6 @@ pub(super) static SETTINGS: &[Key] = &[
         |config, value| allow(config, "runtime", value),
     ),
 ];
-
-/// What every guest sees; it tells them apart by their last names.
-fn host_paths(value: &Value) -> Read<Vec<HostPath>> {
-    let texts = texts(value)?;
-    let paths: Vec<_> = texts
-        .iter()
-        .map(|text| HostPath::parse(text))
-        .collect::<Read<_>>()?;
-    let mut names = BTreeSet::new();
-    match paths.iter().find(|path| !names.insert(path.name())) {
-        Some(twice) => Err(format!("holds two paths that end in {:?}", twice.name())),
-        None => Ok(paths),
-    }
-}
 
 /// A limit as Kata counts it, in bits.
 fn bits(limits: RateLimits) -> Value {
