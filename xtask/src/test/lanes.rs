@@ -5,7 +5,7 @@
 use super::{Finished, Suite};
 use crate::build::Profile;
 use crate::progress;
-use crate::vm::{Contents, Options, Parts, Streams, Vm};
+use crate::vm::{Contents, Ended, Options, Parts, Streams, Vm};
 use anyhow::{Result, bail};
 use std::collections::VecDeque;
 use std::fs;
@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 /// Memory of this machine that each lane but the first asks for, in MiB: its VM's, and what the host keeps
 /// of the files that the VM reads.
 const MEMORY: u64 = 7168;
+/// The longest that a suite may take: twice what the longest does. What a user chose by name has no limit.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How often the suites under way are mentioned.
 const REMINDER: Duration = Duration::from_secs(60);
 
@@ -27,6 +29,8 @@ pub(crate) struct Job {
     pub(crate) suite: &'static Suite,
     /// The test binary and its arguments.
     pub(crate) command: Vec<String>,
+    /// The longest that it may take.
+    pub(crate) limit: Option<Duration>,
 }
 
 /// Runs the jobs, the first ones first. Where lanes run side by side, the output of a suite appears whole at
@@ -92,6 +96,9 @@ impl Floor {
         let mut vm = None;
         while let Some(job) = self.next() {
             let begin = Instant::now();
+            if !self.side_by_side {
+                progress::note(&job.suite.title());
+            }
             lock(&self.running).push((job.suite.name, begin));
             let mut kept = Vec::new();
             let result = self.suite(&mut vm, &job, &mut kept);
@@ -105,24 +112,40 @@ impl Floor {
         lock(&self.waiting).pop_front()
     }
 
+    /// Runs a suite, once more where its VM was lost: no fault of the suite's, as far as anybody can see.
     fn suite(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<()> {
+        match self.attempt(place, job, kept)? {
+            Ended::Lost(words) => {
+                let words = format!("{words}\nxtask: {} runs once more\n", job.suite.name);
+                match self.streams(kept) {
+                    Streams::Kept(kept) => kept.extend_from_slice(words.as_bytes()),
+                    Streams::Ours => progress::note(&words),
+                }
+                judge(self.attempt(place, job, kept)?)
+            }
+            ended => judge(ended),
+        }
+    }
+
+    fn attempt(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<Ended> {
+        // A VM that is lost, or holds what hung, takes no further suite down with it.
         let vm = match place.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), &self.parts)?,
         };
-        let streams = if self.side_by_side {
+        let ended = vm.execute_within(job.limit, job.command.clone(), self.streams(kept))?;
+        if matches!(ended, Ended::Exited(_)) {
+            *place = Some(vm);
+        }
+        Ok(ended)
+    }
+
+    fn streams<'a>(&self, kept: &'a mut Vec<u8>) -> Streams<'a> {
+        if self.side_by_side {
             Streams::Kept(kept)
         } else {
-            progress::note(&job.suite.title());
             Streams::Ours
-        };
-        // A VM that died takes no further suite down with it.
-        let code = vm.execute(job.command.clone(), streams)?;
-        *place = Some(vm);
-        if code != 0 {
-            bail!("exit code {code}");
         }
-        Ok(())
     }
 
     fn finish(&self, job: &Job, begin: Instant, result: Result<()>, kept: &[u8]) {
@@ -142,6 +165,15 @@ impl Floor {
             .map(|(name, begin)| format!("{name} … {} s", begin.elapsed().as_secs()))
             .collect();
         progress::note(&words.join(", "));
+    }
+}
+
+fn judge(ended: Ended) -> Result<()> {
+    match ended {
+        Ended::Exited(0) => Ok(()),
+        Ended::Exited(code) => bail!("exit code {code}"),
+        Ended::Overdue => bail!("it did not end in time and was killed"),
+        Ended::Lost(words) => bail!(words),
     }
 }
 

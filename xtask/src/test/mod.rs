@@ -248,7 +248,11 @@ pub(crate) fn run(selection: &Selection) -> Result<u8> {
                 .get(suite.binary())
                 .with_context(|| format!("cargo built no test binary {}", suite.binary()));
             match program.and_then(|program| suite.command(program, selection)) {
-                Ok(command) => jobs.push(Job { suite, command }),
+                Ok(command) => jobs.push(Job {
+                    suite,
+                    command,
+                    limit: selection.arguments.is_empty().then_some(lanes::LIMIT),
+                }),
                 Err(error) => finished.push(Finished::new(suite, begin, Err(error))),
             }
         }

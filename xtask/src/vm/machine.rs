@@ -10,6 +10,7 @@ use crate::{progress, workspace};
 use anyhow::{Context, Result, bail};
 use std::env;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,6 +22,10 @@ use tempfile::TempDir;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// How long QEMU may take to end after the guest powered off.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// QEMU's monitor, in the VM's folder.
+const MONITOR: &str = "monitor.sock";
+/// The monitor is done when it has said nothing for so long; a kernel that panics is, too.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
 /// The VM's console, in its folder.
@@ -106,6 +111,36 @@ impl Machine {
             Ok(_) => format!("{words}\n(the whole console: {})", kept.display()),
             Err(_) => words,
         }
+    }
+
+    /// What a VM says that was silent for `silence`. Its processors' registers, then an NMI: its kernel
+    /// takes that for a panic and shows what each processor did.
+    pub(crate) fn frozen(&self, silence: Duration) -> String {
+        let registers = self
+            .monitor("info registers -a\nnmi\n")
+            .unwrap_or_else(|error| format!("no word from QEMU: {error:#}"));
+        let registers: Vec<&str> = registers
+            .lines()
+            .filter(|line| line.contains("RIP=") || line.starts_with("CPU#"))
+            .collect();
+        format!(
+            "the dev VM froze: silent for {} s\n{}\n{}",
+            silence.as_secs(),
+            registers.join("\n"),
+            self.last_words()
+        )
+    }
+
+    /// Has QEMU's monitor run commands; answers all it says until it is silent.
+    fn monitor(&self, commands: &str) -> Result<String> {
+        let mut stream = UnixStream::connect(self.folder.path().join(MONITOR))?;
+        stream.set_read_timeout(Some(MONITOR_TIMEOUT))?;
+        stream.write_all(commands.as_bytes())?;
+        let (mut words, mut buffer) = (Vec::new(), [0; 4096]);
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            words.extend_from_slice(buffer.get(..count).unwrap_or_default());
+        }
+        Ok(String::from_utf8_lossy(&words).into_owned())
     }
 
     /// Ends the session, upon which the guest powers off.
@@ -227,9 +262,15 @@ fn qemu(linux: &Linux, options: &Options, folder: &Path, init: &Path) -> Result<
         .arg("-initrd")
         .arg(&linux.initramfs)
         .arg("-serial")
-        .arg(format!("file:{}", folder.join(CONSOLE).display()));
+        .arg(format!("file:{}", folder.join(CONSOLE).display()))
+        .arg("-monitor")
+        .arg(format!(
+            "unix:{},server=on,wait=off",
+            folder.join(MONITOR).display()
+        ));
+    // 64: the stacks of all processors.
     let mut parameters = format!(
-        "console=ttyS0 quiet loglevel=4 panic=-1 nutshell.init={}",
+        "console=ttyS0 quiet loglevel=4 panic=-1 unknown_nmi_panic panic_print=64 nutshell.init={}",
         init.display()
     );
     share(&mut command, Path::new("/"), "hostroot", true);

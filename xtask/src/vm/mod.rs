@@ -10,19 +10,21 @@ mod qemu;
 pub(crate) mod server;
 mod session;
 mod setup;
+mod waiting;
 mod wire;
 
 pub(crate) use machine::Options;
-pub(crate) use session::Streams;
+pub(crate) use session::{Ended, Streams};
 
 use crate::build::{self, Profile};
 use crate::guest::kernel::Flavour;
 use crate::packages::{self, any, newer};
 use crate::{busybox, guest, install};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use linux::Linux;
 use machine::Machine;
 use std::path::Path;
+use std::time::Duration;
 use wire::Setup;
 
 /// Prefix of the runtime in the VM: first in PATH.
@@ -85,7 +87,21 @@ impl Vm {
 
     /// Runs one command and returns its exit code. Input of ours that it leaves is lost to the next one.
     pub(crate) fn execute(&self, argv: Vec<String>, streams: Streams<'_>) -> Result<u8> {
-        session::execute(&self.machine, argv, streams)
+        match session::execute(&self.machine, argv, streams, None)? {
+            Ended::Exited(code) => Ok(code),
+            Ended::Overdue => bail!("a command without a limit is overdue"),
+            Ended::Lost(words) => bail!(words),
+        }
+    }
+
+    /// The same, for at most `limit`.
+    pub(crate) fn execute_within(
+        &self,
+        limit: Option<Duration>,
+        argv: Vec<String>,
+        streams: Streams<'_>,
+    ) -> Result<Ended> {
+        session::execute(&self.machine, argv, streams, limit)
     }
 
     /// Powers off.

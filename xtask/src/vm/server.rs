@@ -2,8 +2,9 @@
 //! xtask inside the dev VM: first process, and server of the session.
 
 use super::wire::{self, Exec, Exit, Frame, Kind, Setup, Size};
-use super::{pty, setup};
+use super::{pty, setup, waiting};
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -32,7 +33,7 @@ pub(crate) fn init() -> Result<()> {
         .current_dir("/")
         .spawn()
         .context("starting the session's server")?;
-    let server = rustix::process::Pid::from_child(&server);
+    let server = Pid::from_child(&server);
     loop {
         match rustix::process::wait(rustix::process::WaitOptions::empty()) {
             Ok(Some((pid, _))) if pid == server => break,
@@ -55,6 +56,12 @@ pub(crate) fn serve() -> Result<()> {
     let mut input = file.try_clone()?;
     let port: Port = Arc::new(Mutex::new(file));
     send(&port, Kind::Ready, &[])?;
+    let heart = Arc::clone(&port);
+    thread::spawn(move || {
+        while send(&heart, Kind::Alive, &[]).is_ok() {
+            sleep(wire::HEARTBEAT);
+        }
+    });
     let mut running: Option<Running> = None;
     while let Some(frame) = wire::read(&mut input)? {
         match frame.kind {
@@ -72,19 +79,35 @@ pub(crate) fn serve() -> Result<()> {
                     running.feed(&frame);
                 }
             }
+            Kind::Overdue => {
+                if let Some(running) = &running {
+                    running.give_up(&port)?;
+                }
+            }
             other => bail!("unexpected {other:?} frame from the host"),
         }
     }
     Ok(())
 }
 
-/// Where a running command takes its input.
+/// A running command, and where it takes its input.
 struct Running {
+    group: Pid,
     input: Option<File>,
     terminal: bool,
 }
 
 impl Running {
+    /// Says what every process waits for, then kills the command.
+    fn give_up(&self, port: &Port) -> Result<()> {
+        for part in waiting::report().as_bytes().chunks(wire::MAX_PAYLOAD) {
+            send(port, Kind::Stderr, part)?;
+        }
+        // It may have ended meanwhile.
+        let _ = kill_process_group(self.group, Signal::KILL);
+        Ok(())
+    }
+
     fn feed(&mut self, frame: &Frame) {
         if frame.kind == Kind::Resize {
             if let (true, Some(input), Ok(size)) =
@@ -127,6 +150,7 @@ fn start_on_pipes(port: &Port, exec: &Exec) -> Result<Option<Running>> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| exec.argv.join(" "))?;
+    let group = Pid::from_child(&child);
     let activity = Arc::new(AtomicU64::new(0));
     let mut copies = Vec::new();
     if let Some(stdout) = child.stdout.take() {
@@ -141,6 +165,7 @@ fn start_on_pipes(port: &Port, exec: &Exec) -> Result<Option<Running>> {
         .map(|stdin| File::from(OwnedFd::from(stdin)));
     finish(port, child, copies, activity);
     Ok(Some(Running {
+        group,
         input,
         terminal: false,
     }))
@@ -154,10 +179,13 @@ fn start_on_terminal(port: &Port, exec: &Exec, size: Size) -> Result<Option<Runn
         .stderr(slave)
         .spawn()
         .with_context(|| exec.argv.join(" "))?;
+    // setsid made it the first of a group, too.
+    let group = Pid::from_child(&child);
     let activity = Arc::new(AtomicU64::new(0));
     let copies = vec![copy(port, Kind::Stdout, master.try_clone()?, &activity)];
     finish(port, child, copies, activity);
     Ok(Some(Running {
+        group,
         input: Some(master),
         terminal: true,
     }))

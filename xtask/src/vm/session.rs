@@ -2,8 +2,9 @@
 //! The host's end of a session: one command at a time, with our stdin, stdout, stderr and terminal.
 
 use super::machine::Machine;
-use super::wire::{self, Exec, Exit, Kind, Setup, Size};
+use super::wire::{self, Exec, Exit, Frame, Kind, Setup, Size};
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::env;
 use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
@@ -11,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often a changed terminal size is looked for.
 const RESIZE_INTERVAL: Duration = Duration::from_millis(250);
@@ -27,20 +28,27 @@ const PASSED_ENV: &[&str] = &[
 /// Prefix of further variables that are passed on.
 const PASSED_PREFIX: &str = "NUTSHELL_";
 
+/// A VM that is silent for so long is frozen: it says that it gets on far more often.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How long an overdue command may take to be reported and killed; longer than [`SILENCE`], so that a
+/// frozen VM is known as one.
+const GRACE: Duration = Duration::from_secs(150);
+
 /// Brings up what `setup` names; an error holds the guest's words.
 pub(crate) fn set_up(machine: &Machine, setup: &Setup) -> Result<()> {
     let mut stream = machine.stream()?;
     wire::write_message(&mut stream, Kind::Setup, setup)?;
-    match wire::read(&mut stream)? {
-        Some(frame) if frame.kind == Kind::SetupDone && frame.payload.is_empty() => Ok(()),
-        Some(frame) if frame.kind == Kind::SetupDone => {
+    match next(&mut stream, None)? {
+        Next::Frame(frame) if frame.kind == Kind::SetupDone && frame.payload.is_empty() => Ok(()),
+        Next::Frame(frame) if frame.kind == Kind::SetupDone => {
             bail!(
                 "setting up the dev VM: {}",
                 String::from_utf8_lossy(&frame.payload)
             )
         }
-        Some(frame) => bail!("the dev VM answered the set-up with {:?}", frame.kind),
-        None => bail!(
+        Next::Frame(frame) => bail!("the dev VM answered the set-up with {:?}", frame.kind),
+        Next::Silent => bail!("the set-up: {}", machine.frozen(SILENCE)),
+        Next::Gone | Next::Late => bail!(
             "the dev VM died during its set-up\n{}",
             machine.last_words()
         ),
@@ -56,8 +64,24 @@ pub(crate) enum Streams<'a> {
     Kept(&'a mut Vec<u8>),
 }
 
-/// Runs one command in the VM and returns its exit code.
-pub(crate) fn execute(machine: &Machine, argv: Vec<String>, streams: Streams<'_>) -> Result<u8> {
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// With this exit code.
+    Exited(u8),
+    /// It took longer than it may and was killed; its output's end says what hung.
+    Overdue,
+    /// The VM died or froze: its last words.
+    Lost(String),
+}
+
+/// Runs one command in the VM, for at most `limit`.
+pub(crate) fn execute(
+    machine: &Machine,
+    argv: Vec<String>,
+    streams: Streams<'_>,
+    limit: Option<Duration>,
+) -> Result<Ended> {
     let ours = matches!(streams, Streams::Ours);
     let terminal = ours.then(Terminal::raw).flatten();
     let exec = Exec {
@@ -82,21 +106,40 @@ pub(crate) fn execute(machine: &Machine, argv: Vec<String>, streams: Streams<'_>
         let resizes = Arc::clone(&sender);
         thread::spawn(move || follow_size(&resizes));
     }
-    let result = collect(machine, streams);
+    let result = collect(machine, &sender, streams, limit);
     // Before an error is printed.
     drop(terminal);
-    result?.with_context(|| {
-        format!(
-            "the dev VM died while the command ran\n{}",
-            machine.last_words()
-        )
-    })
+    result
 }
 
-/// Passes output on until the command ends; `None` where the VM ended.
-fn collect(machine: &Machine, mut streams: Streams<'_>) -> Result<Option<u8>> {
+/// Passes output on until the command ends.
+fn collect(
+    machine: &Machine,
+    sender: &Mutex<UnixStream>,
+    mut streams: Streams<'_>,
+    limit: Option<Duration>,
+) -> Result<Ended> {
     let mut stream = machine.stream()?;
-    while let Some(frame) = wire::read(&mut stream)? {
+    let after = |time| Instant::now().checked_add(time);
+    let mut deadline = limit.and_then(after);
+    let mut overdue = false;
+    loop {
+        let frame = match next(&mut stream, deadline)? {
+            Next::Frame(frame) => frame,
+            Next::Late if overdue => return Ok(Ended::Overdue),
+            Next::Late => {
+                send(sender, Kind::Overdue, &[])?;
+                (overdue, deadline) = (true, after(GRACE));
+                continue;
+            }
+            Next::Silent => return Ok(Ended::Lost(machine.frozen(SILENCE))),
+            Next::Gone => {
+                let words = machine.last_words();
+                return Ok(Ended::Lost(format!(
+                    "the dev VM died while the command ran\n{words}"
+                )));
+            }
+        };
         match (frame.kind, &mut streams) {
             // A reader that went away is no reason to stop the command early.
             (Kind::Stdout, Streams::Ours) => drop(
@@ -108,11 +151,48 @@ fn collect(machine: &Machine, mut streams: Streams<'_>) -> Result<Option<u8>> {
             (Kind::Stdout | Kind::Stderr, Streams::Kept(output)) => {
                 output.extend_from_slice(&frame.payload);
             }
-            (Kind::Exit, _) => return Ok(Some(frame.message::<Exit>()?.code)),
+            (Kind::Exit, _) if overdue => return Ok(Ended::Overdue),
+            (Kind::Exit, _) => return Ok(Ended::Exited(frame.message::<Exit>()?.code)),
             (other, _) => bail!("unexpected {other:?} frame from the dev VM"),
         }
     }
-    Ok(None)
+}
+
+/// What came of waiting for a frame.
+enum Next {
+    Frame(Frame),
+    /// The other end is gone.
+    Gone,
+    /// Not even a heartbeat for [`SILENCE`].
+    Silent,
+    /// The deadline has passed.
+    Late,
+}
+
+/// Waits for a frame that is no heartbeat.
+fn next(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Next> {
+    loop {
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Ok(Next::Late);
+        }
+        let wait = left.unwrap_or(SILENCE).min(SILENCE);
+        let ready = poll(
+            &mut [PollFd::new(stream, PollFlags::IN)],
+            Some(&wait.try_into()?),
+        )?;
+        if ready == 0 {
+            if wait == SILENCE {
+                return Ok(Next::Silent);
+            }
+            continue;
+        }
+        match wire::read(stream)? {
+            Some(frame) if frame.kind == Kind::Alive => {}
+            Some(frame) => return Ok(Next::Frame(frame)),
+            None => return Ok(Next::Gone),
+        }
+    }
 }
 
 fn send(stream: &Mutex<UnixStream>, kind: Kind, payload: &[u8]) -> Result<()> {
@@ -188,5 +268,24 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         let _ = tcsetattr(stdin(), OptionalActions::Flush, &self.saved);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heartbeats_keep_no_command_alive() {
+        let (mut host, mut guest) = UnixStream::pair().unwrap();
+        wire::write(&mut guest, Kind::Alive, &[]).unwrap();
+        wire::write(&mut guest, Kind::Stdout, b"abc").unwrap();
+        wire::write(&mut guest, Kind::Alive, &[]).unwrap();
+        let soon = || Instant::now().checked_add(Duration::from_millis(50));
+        let frame = next(&mut host, soon()).unwrap();
+        assert!(matches!(frame, Next::Frame(frame) if frame.payload == b"abc"));
+        assert!(matches!(next(&mut host, soon()).unwrap(), Next::Late));
+        drop(guest);
+        assert!(matches!(next(&mut host, None).unwrap(), Next::Gone));
     }
 }

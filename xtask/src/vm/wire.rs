@@ -9,11 +9,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Name of the virtio-serial port.
 pub(crate) const PORT: &str = "nutshell.session";
 /// Largest payload of a frame, in bytes.
 pub(crate) const MAX_PAYLOAD: usize = 64 << 10;
+/// How often the guest says that it gets on.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,9 +39,13 @@ pub(crate) enum Kind {
     Stderr,
     /// Guest to host: an [`Exit`].
     Exit,
+    /// Guest to host, every [`HEARTBEAT`]: the VM gets on.
+    Alive,
+    /// Host to guest: the command takes too long; say on its error output what hangs, and kill it.
+    Overdue,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 11] = [
     Kind::Ready,
     Kind::Setup,
     Kind::SetupDone,
@@ -48,6 +55,8 @@ const KINDS: [Kind; 9] = [
     Kind::Stdout,
     Kind::Stderr,
     Kind::Exit,
+    Kind::Alive,
+    Kind::Overdue,
 ];
 
 /// Size of a terminal in characters.
