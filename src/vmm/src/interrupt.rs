@@ -71,9 +71,11 @@ pub trait Doorbells: Debug + Send + Sync {
     fn detach(&self, address: DoorbellAddress, bell: &EventFd) -> io::Result<()>;
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod mock {
     //! A controller that keeps what it would have sent.
+
+    #![expect(clippy::unwrap_used, reason = "a test that can't go on should stop")]
 
     use std::mem;
     use std::sync::{Arc, Mutex};

@@ -10,7 +10,7 @@ pub(crate) mod fuzz_input;
 pub mod mem;
 pub mod net;
 mod pages;
-mod pci;
+pub mod pci;
 mod queue;
 mod rate;
 pub mod rng;

@@ -3,6 +3,8 @@
 //! of itself by free page reporting, or asked to by the balloon's size.
 
 mod device;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod request;
 #[cfg(test)]
 mod tests;

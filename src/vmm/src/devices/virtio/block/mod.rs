@@ -8,6 +8,8 @@ mod direct;
 mod direct_tests;
 mod discard;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod queue_tests;
 mod request;

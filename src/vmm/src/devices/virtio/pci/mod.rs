@@ -7,6 +7,8 @@
 
 mod common;
 mod function;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod signal;
 
 pub use function::VirtioPciFunction;
