@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 /// Memory of this machine that each lane but the first asks for, in MiB: its VM's, and what the host keeps
 /// of the files that the VM reads.
 const MEMORY: u64 = 7168;
-/// The longest that a suite may take: twice what the longest does. What a user chose by name has no limit.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30 * 60);
+/// The longest that a suite may take: some twice what the longest does.
+const LIMIT: Duration = Duration::from_secs(25 * 60);
 /// How often the suites under way are mentioned.
 const REMINDER: Duration = Duration::from_secs(60);
 
@@ -27,10 +27,11 @@ const REMINDER: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) suite: &'static Suite,
-    /// The test binary and its arguments.
-    pub(crate) command: Vec<String>,
-    /// The longest that it may take.
-    pub(crate) limit: Option<Duration>,
+    /// The test binary, with what it finds in its environment.
+    pub(crate) program: Vec<String>,
+    pub(crate) arguments: Vec<String>,
+    /// A user has chosen the tests: they may take their time, and run once.
+    pub(crate) chosen: bool,
 }
 
 /// Runs the jobs, the first ones first. Where lanes run side by side, the output of a suite appears whole at
@@ -112,48 +113,70 @@ impl Floor {
         lock(&self.waiting).pop_front()
     }
 
-    /// Runs a suite, once more where its VM was lost: no fault of the suite's, as far as anybody can see.
-    fn suite(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<()> {
-        match self.attempt(place, job, kept)? {
-            Ended::Lost(words) => {
-                let words = format!("{words}\nxtask: {} runs once more\n", job.suite.name);
-                match self.streams(kept) {
-                    Streams::Kept(kept) => kept.extend_from_slice(words.as_bytes()),
-                    Streams::Ours => progress::note(&words),
-                }
-                judge(self.attempt(place, job, kept)?)
-            }
-            ended => judge(ended),
+    /// Runs a suite. What fails or does not end runs once more in a fresh VM, for all to see: an emulated
+    /// processor loses guests, and now and then its own kernel. Returns what passed only then.
+    fn suite(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<Vec<String>> {
+        let first = self.attempt(place, job, job.arguments.clone(), kept);
+        if matches!(first, Ok(Ended::Exited(0))) || job.chosen {
+            return judge(first?).map(|()| Vec::new());
         }
+        let failed = match &first {
+            Ok(Ended::Exited(_)) => failures(&String::from_utf8_lossy(kept)),
+            _ => Vec::new(),
+        };
+        *place = None;
+        let (what, arguments) = if failed.is_empty() || !job.suite.has_exact_names() {
+            let name = job.suite.name.to_owned();
+            (vec![name], job.arguments.clone())
+        } else {
+            let exact = ["--exact".to_owned()].into_iter();
+            (failed.clone(), exact.chain(failed).collect())
+        };
+        let why = first.map_or_else(|error| format!("{error:#}"), |ended| ended.to_string());
+        let words = format!("xtask: {why}\nxtask: once more: {}\n", what.join(", "));
+        self.show(kept, words.as_bytes());
+        judge(self.attempt(place, job, arguments, kept)?).map(|()| what)
     }
 
-    fn attempt(&self, place: &mut Option<Vm>, job: &Job, kept: &mut Vec<u8>) -> Result<Ended> {
+    fn attempt(
+        &self,
+        place: &mut Option<Vm>,
+        job: &Job,
+        arguments: Vec<String>,
+        kept: &mut Vec<u8>,
+    ) -> Result<Ended> {
         // A VM that is lost, or holds what hung, takes no further suite down with it.
         let vm = match place.take() {
             Some(vm) => vm,
             None => Vm::start(&Options::default(), &self.parts)?,
         };
-        let ended = vm.execute_within(job.limit, job.command.clone(), self.streams(kept))?;
+        let command = [job.program.clone(), arguments].concat();
+        let limit = (!job.chosen).then_some(LIMIT);
+        let streams = Streams::Kept {
+            output: kept,
+            shown: !self.side_by_side,
+        };
+        let ended = vm.execute_within(limit, command, streams)?;
         if matches!(ended, Ended::Exited(_)) {
             *place = Some(vm);
         }
         Ok(ended)
     }
 
-    fn streams<'a>(&self, kept: &'a mut Vec<u8>) -> Streams<'a> {
-        if self.side_by_side {
-            Streams::Kept(kept)
-        } else {
-            Streams::Ours
+    /// Adds words to a suite's output.
+    fn show(&self, kept: &mut Vec<u8>, words: &[u8]) {
+        kept.extend_from_slice(words);
+        if !self.side_by_side {
+            // A reader that went away is no reason to stop early, here and below.
+            let _ = stdout().write_all(words);
         }
     }
 
-    fn finish(&self, job: &Job, begin: Instant, result: Result<()>, kept: &[u8]) {
+    fn finish(&self, job: &Job, begin: Instant, result: Result<Vec<String>>, kept: &[u8]) {
         // One at a time: what two suites say does not mix.
         let mut finished = lock(&self.finished);
         if self.side_by_side {
             progress::note(&job.suite.title());
-            // A reader that went away is no reason to stop early.
             let _ = stdout().write_all(kept).and_then(|()| stdout().flush());
         }
         finished.push(Finished::new(job.suite, begin, result));
@@ -171,10 +194,17 @@ impl Floor {
 fn judge(ended: Ended) -> Result<()> {
     match ended {
         Ended::Exited(0) => Ok(()),
-        Ended::Exited(code) => bail!("exit code {code}"),
-        Ended::Overdue => bail!("it did not end in time and was killed"),
-        Ended::Lost(words) => bail!(words),
+        ended => bail!("{ended}"),
     }
+}
+
+/// The tests that a harness says have failed.
+fn failures(output: &str) -> Vec<String> {
+    let names = output.lines().filter_map(|line| {
+        let (name, verdict) = line.strip_prefix("test ")?.split_once(" ... ")?;
+        verdict.starts_with("FAILED").then(|| name.to_owned())
+    });
+    names.collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -202,6 +232,13 @@ fn available(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn failed_tests_are_found() {
+        let output = "running 3 tests\ntest a::b ... ok\ntest c ... FAILED\n\
+                      test d::e ... FAILED (3.1 s)\ntest f has been running\nFAILED\n";
+        assert_eq!(failures(output), ["c", "d::e"]);
+    }
 
     #[test]
     fn available_memory_is_read() {

@@ -89,8 +89,7 @@ impl Vm {
     pub(crate) fn execute(&self, argv: Vec<String>, streams: Streams<'_>) -> Result<u8> {
         match session::execute(&self.machine, argv, streams, None)? {
             Ended::Exited(code) => Ok(code),
-            Ended::Overdue => bail!("a command without a limit is overdue"),
-            Ended::Lost(words) => bail!(words),
+            ended => bail!("{ended}"),
         }
     }
 

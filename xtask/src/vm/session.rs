@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::env;
+use std::fmt;
 use std::io::{IsTerminal, Read, Write, stderr, stdin, stdout};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -61,7 +62,11 @@ pub(crate) enum Streams<'a> {
     /// Our stdin, stdout, stderr and terminal.
     Ours,
     /// No input; both outputs, in their order.
-    Kept(&'a mut Vec<u8>),
+    Kept {
+        output: &'a mut Vec<u8>,
+        /// On our stdout as well.
+        shown: bool,
+    },
 }
 
 /// How a command ended.
@@ -73,6 +78,16 @@ pub(crate) enum Ended {
     Overdue,
     /// The VM died or froze: its last words.
     Lost(String),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "exit code {code}"),
+            Self::Overdue => f.write_str("it did not end in time and was killed"),
+            Self::Lost(words) => f.write_str(words),
+        }
+    }
 }
 
 /// Runs one command in the VM, for at most `limit`.
@@ -141,21 +156,24 @@ fn collect(
             }
         };
         match (frame.kind, &mut streams) {
-            // A reader that went away is no reason to stop the command early.
-            (Kind::Stdout, Streams::Ours) => drop(
-                stdout()
-                    .write_all(&frame.payload)
-                    .and_then(|()| stdout().flush()),
-            ),
+            (Kind::Stdout, Streams::Ours) => show(&frame.payload),
             (Kind::Stderr, Streams::Ours) => drop(stderr().write_all(&frame.payload)),
-            (Kind::Stdout | Kind::Stderr, Streams::Kept(output)) => {
+            (Kind::Stdout | Kind::Stderr, Streams::Kept { output, shown }) => {
                 output.extend_from_slice(&frame.payload);
+                if *shown {
+                    show(&frame.payload);
+                }
             }
             (Kind::Exit, _) if overdue => return Ok(Ended::Overdue),
             (Kind::Exit, _) => return Ok(Ended::Exited(frame.message::<Exit>()?.code)),
             (other, _) => bail!("unexpected {other:?} frame from the dev VM"),
         }
     }
+}
+
+fn show(bytes: &[u8]) {
+    // A reader that went away is no reason to stop the command early.
+    let _ = stdout().write_all(bytes).and_then(|()| stdout().flush());
 }
 
 /// What came of waiting for a frame.

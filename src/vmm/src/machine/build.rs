@@ -113,7 +113,10 @@ impl Machine {
             slots.plug(slots::FIXED, name, device)?;
         }
         let hot_memory = match growth {
-            Some(range) => Some(HotMemory::plug(&range, memory_mib, &slots, events)?),
+            Some(range) => {
+                let sizes = (memory_mib, config.most_memory_mib);
+                Some(HotMemory::plug(&range, sizes, &slots, events)?)
+            }
             None => None,
         };
         // All of these may be unplugged.

@@ -141,15 +141,16 @@ impl Ejected for Retire {
 #[derive(Debug)]
 pub(super) struct HotMemory {
     booted_mib: u32,
-    size_mib: u32,
+    most_mib: u32,
     resizer: Resizer,
 }
 
 impl HotMemory {
-    /// Puts a device for the region at `range` in a slot.
+    /// Puts a device for the region at `range` in a slot. The machine booted with the first of these sizes and
+    /// has at most the second: the region may be larger, as Linux uses whole blocks of its own alone.
     pub(super) fn plug(
         range: &Range<u64>,
-        booted_mib: u32,
+        (booted_mib, most_mib): (u32, u32),
         slots: &Slots,
         events: &Arc<dyn MachineEvents>,
     ) -> Result<Self, MachineError> {
@@ -158,15 +159,14 @@ impl HotMemory {
         slots.plug(FIXED, "memory".to_owned(), Box::new(device))?;
         Ok(Self {
             booted_mib,
-            size_mib: mib(range.end.saturating_sub(range.start)),
+            most_mib,
             resizer,
         })
     }
 
     /// Wants the guest to have `mib` in all.
     pub(super) fn resize(&self, mib: u32) -> Result<(), MachineError> {
-        let most = self.booted_mib.saturating_add(self.size_mib);
-        check("MiB", self.booted_mib, most, mib)?;
+        check("MiB", self.booted_mib, self.most_mib, mib)?;
         let more = u64::from(mib.saturating_sub(self.booted_mib)) << 20;
         self.resizer.request(more).map_err(MachineError::Tell)
     }
