@@ -9,7 +9,8 @@ use std::time::Duration;
 pub enum Cache {
     /// Not at all: every look-up and read comes here. For directories that both sides change.
     Never,
-    /// Names and attributes for a second, data until the file is seen changed: what NFS gives.
+    /// Names and attributes for a second, data until the file is seen changed: what NFS gives. What is open
+    /// for writing only goes past the guest's cache.
     #[default]
     Auto,
     /// Until the guest itself forgets. Only for a tree that nobody but this guest changes.

@@ -39,7 +39,7 @@ impl Session {
             | init::CREATE_SUPP_GROUP;
         match options.cache {
             Cache::Never => wanted |= init::DIRECT_IO_ALLOW_MMAP,
-            Cache::Auto => wanted |= init::AUTO_INVAL_DATA,
+            Cache::Auto => wanted |= init::AUTO_INVAL_DATA | init::DIRECT_IO_ALLOW_MMAP,
             Cache::Always => {
                 wanted |= init::CACHE_SYMLINKS;
                 if options.writeback {

@@ -86,14 +86,19 @@ impl Client {
     }
 
     pub(crate) fn init(&mut self) -> Outcome {
+        self.init_with(u64::MAX)
+    }
+
+    /// INIT with these of all flags.
+    pub(crate) fn init_with(&mut self, flags: u64) -> Outcome {
         let request = InitIn {
             major: 7,
             minor: MINOR,
             max_readahead: 0x2_0000,
-            flags: u32::MAX,
+            flags: flags as u32,
         };
         let mut body = bytes(&request);
-        body.extend_from_slice(&u32::MAX.to_le_bytes());
+        body.extend_from_slice(&((flags >> 32) as u32).to_le_bytes());
         body.extend_from_slice(&[0; 44]);
         self.call(Opcode::Init, 0, &body)
     }

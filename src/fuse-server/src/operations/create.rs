@@ -123,7 +123,7 @@ impl Server {
         (file, flags): (OwnedFd, OFlags),
         permit: Permit,
     ) -> Answer {
-        let open_flags = self.open_reply_flags(inode, &file, flags);
+        let open_flags = self.open_reply_flags(call.session, inode, &file, flags);
         let fh = self.handles.add_file(file, permit);
         call.scratch.clear();
         entry.put(call.scratch);

@@ -27,6 +27,9 @@ use crate::session::{MAX_WRITE, Session};
 /// The most that one request copies within the host, in bytes.
 const MAX_COPY: u64 = 256 * 1024 * 1024;
 
+/// `rustix` gives both names the bits of O_SYNC.
+const O_DSYNC: u32 = libc::O_DSYNC.cast_unsigned();
+
 /// The flags with which the host's file is opened for a guest's open flags. Only what concerns the
 /// file on the host is taken over; O_APPEND comes with each write, because a guest may switch it
 /// on an open file.
@@ -72,9 +75,22 @@ impl Server {
     }
 
     /// What the guest may do with its cache for a file just opened.
-    pub(super) fn open_reply_flags(&self, inode: &Inode, file: &OwnedFd, flags: OFlags) -> u32 {
+    pub(super) fn open_reply_flags(
+        &self,
+        session: Session,
+        inode: &Inode,
+        file: &OwnedFd,
+        flags: OFlags,
+    ) -> u32 {
+        let access = flags & OFlags::RWMODE;
         let mut reply = match inode.cache {
             Cache::Never => open_out::DIRECT_IO | open_out::PARALLEL_DIRECT_WRITES,
+            // What is only written has no use for a cache, which writes through here and is dropped at the
+            // next open. Past it Linux doesn't ask for file capabilities before it writes: a request a file
+            // made. Before DIRECT_IO_ALLOW_MMAP it left what others have cached of the file as it was.
+            Cache::Auto if access == OFlags::WRONLY && session.has(init::DIRECT_IO_ALLOW_MMAP) => {
+                open_out::DIRECT_IO
+            }
             Cache::Always => open_out::KEEP_CACHE,
             // As NFS does: what is cached stays if the file is as it was at the last open.
             Cache::Auto => match stat(inode) {
@@ -82,7 +98,7 @@ impl Server {
                 _ => 0,
             },
         };
-        if flags & OFlags::RWMODE == OFlags::RDONLY || closes_silently(file) {
+        if access == OFlags::RDONLY || closes_silently(file) {
             // Saves a request a close.
             reply |= open_out::NOFLUSH;
         }
@@ -100,7 +116,7 @@ impl Server {
         let permit = self.quota.take()?;
         let kill = kills_set_id(request.open_flags);
         let file = self.open_inode(call.credentials, &inode, flags, kill)?;
-        let open_flags = self.open_reply_flags(&inode, &file, flags);
+        let open_flags = self.open_reply_flags(call.session, &inode, &file, flags);
         call.answer(&OpenOut {
             fh: self.handles.add_file(file, permit),
             open_flags,
@@ -127,13 +143,7 @@ impl Server {
         }
         let length = usize::try_from(request.size).map_err(|_| Errno::INVAL)?;
         checked_end(request.offset, length)?;
-        let appends = OFlags::from_bits_retain(request.flags).contains(OFlags::APPEND)
-            && request.write_flags & WRITE_CACHE == 0;
-        let flags = if appends {
-            ReadWriteFlags::APPEND
-        } else {
-            ReadWriteFlags::empty()
-        };
+        let flags = write_flags(&request);
         let data = InHeader::SIZE.saturating_add(WriteIn::SIZE);
         let request_buffer = call.request;
         let write =
@@ -240,6 +250,23 @@ impl Server {
     }
 }
 
+/// How the host writes: at the end, and durably, if the guest says so of this write. It may differ from what the
+/// file was opened with (fcntl, pwritev2).
+fn write_flags(request: &WriteIn) -> ReadWriteFlags {
+    let guest = OFlags::from_bits_retain(request.flags);
+    let mut flags = ReadWriteFlags::empty();
+    if guest.contains(OFlags::APPEND) && request.write_flags & WRITE_CACHE == 0 {
+        flags |= ReadWriteFlags::APPEND;
+    }
+    // Past its cache Linux leaves that to the server. SYNC has the bit of DSYNC and one of its own.
+    if guest.contains(OFlags::SYNC) {
+        flags |= ReadWriteFlags::SYNC;
+    } else if request.flags & O_DSYNC != 0 {
+        flags |= ReadWriteFlags::DSYNC;
+    }
+    flags
+}
+
 /// Whether closing a written file has nothing to say, because its file system keeps no errors back
 /// until then. Of others, NFS for one, it isn't known.
 fn closes_silently(file: &OwnedFd) -> bool {
@@ -262,4 +289,26 @@ fn checked_end(offset: u64, length: usize) -> Result<(), Errno> {
     let length = u64::try_from(length).map_err(|_| Errno::INVAL)?;
     let end = offset.checked_add(length).ok_or(Errno::INVAL)?;
     i64::try_from(end).map(drop).map_err(|_| Errno::INVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_is_as_durable_as_the_guest_says_of_it() {
+        let flags = |flags: OFlags| {
+            write_flags(&WriteIn {
+                flags: flags.bits(),
+                ..WriteIn::default()
+            })
+        };
+        assert_eq!(flags(OFlags::WRONLY), ReadWriteFlags::empty());
+        let durable = OFlags::from_bits_retain(O_DSYNC);
+        assert_eq!(flags(durable), ReadWriteFlags::DSYNC);
+        assert_eq!(
+            flags(OFlags::SYNC | OFlags::APPEND),
+            ReadWriteFlags::SYNC | ReadWriteFlags::APPEND
+        );
+    }
 }

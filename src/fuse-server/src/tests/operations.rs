@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 
 use rustix::io::Errno;
 
-use crate::protocol::flags::{open_out, setattr as valid};
+use crate::protocol::flags::{init, open_out, setattr as valid};
 use crate::protocol::{
     AttrOut, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FallocateIn, ForgetOne,
     FsyncIn, GetattrIn, GetxattrIn, LinkIn, LseekIn, LseekOut, MkdirIn, MknodIn, Opcode, OpenIn,
@@ -506,6 +506,40 @@ fn a_guest_that_starts_over_holds_nothing() {
         Errno::STALE
     );
     assert_eq!(guest.read(fh, 0, 1).unwrap_err(), Errno::BADF);
+}
+
+#[test]
+fn what_is_only_written_goes_past_the_guests_cache() {
+    let flags = |guest: &mut Client, mode: i32| {
+        let request = CreateIn {
+            flags: mode.cast_unsigned(),
+            mode: 0o644,
+            ..CreateIn::default()
+        };
+        let body = [bytes(&request), name("f")].concat();
+        let made = guest.call(Opcode::Create, ROOT_ID, &body).unwrap();
+        let (entry, made) = made.split_at(EntryOut::SIZE);
+        let request = OpenIn {
+            flags: mode.cast_unsigned(),
+            open_flags: 0,
+        };
+        let node = take::<EntryOut>(entry).nodeid;
+        let opened = guest.call(Opcode::Open, node, &bytes(&request)).unwrap();
+        let past = |reply: &[u8]| take::<OpenOut>(reply).open_flags & open_out::DIRECT_IO != 0;
+        (past(made), past(&opened))
+    };
+    let modes = [
+        (libc::O_WRONLY, true),
+        (libc::O_RDWR, false),
+        (libc::O_RDONLY, false),
+    ];
+    for (mode, past) in modes {
+        assert_eq!(flags(&mut client(), mode), (past, past), "{mode}");
+        // An older guest would go on reading what it has cached of the file.
+        let mut old = Client::silent(Options::default());
+        old.init_with(!init::DIRECT_IO_ALLOW_MMAP).unwrap();
+        assert_eq!(flags(&mut old, mode), (false, false), "{mode}");
+    }
 }
 
 #[test]
