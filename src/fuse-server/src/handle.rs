@@ -8,24 +8,25 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::io::Errno;
 
+use crate::listing::{Kept, Listing};
 use crate::quota::Permit;
 
 /// An open file or directory.
 #[derive(Debug)]
 pub(crate) struct Handle {
     file: OwnedFd,
-    /// Of a directory: where the host's stream of entries stands.
-    position: Option<Mutex<u64>>,
+    /// Of a directory.
+    listing: Option<Mutex<Listing>>,
     _permit: Permit,
 }
 
 impl Handle {
-    /// The stream position of a directory.
+    /// The entries of a directory.
     ///
     /// # Errors
     /// `NOTDIR` for a file.
-    pub(crate) fn position(&self) -> Result<&Mutex<u64>, Errno> {
-        self.position.as_ref().ok_or(Errno::NOTDIR)
+    pub(crate) fn listing(&self) -> Result<&Mutex<Listing>, Errno> {
+        self.listing.as_ref().ok_or(Errno::NOTDIR)
     }
 }
 
@@ -40,6 +41,7 @@ impl AsFd for Handle {
 pub(crate) struct Handles {
     table: RwLock<HashMap<u64, Arc<Handle>>>,
     next: AtomicU64,
+    kept: Kept,
 }
 
 impl Handles {
@@ -50,14 +52,15 @@ impl Handles {
 
     /// Takes an open directory.
     pub(crate) fn add_directory(&self, file: OwnedFd, permit: Permit) -> u64 {
-        self.add(file, Some(Mutex::new(0)), permit)
+        let listing = Listing::new(self.kept.clone());
+        self.add(file, Some(Mutex::new(listing)), permit)
     }
 
-    fn add(&self, file: OwnedFd, position: Option<Mutex<u64>>, permit: Permit) -> u64 {
+    fn add(&self, file: OwnedFd, listing: Option<Mutex<Listing>>, permit: Permit) -> u64 {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let handle = Arc::new(Handle {
             file,
-            position,
+            listing,
             _permit: permit,
         });
         self.table

@@ -29,6 +29,7 @@ mod error;
 pub mod fuzz;
 mod handle;
 mod inode;
+mod listing;
 mod name;
 mod operations;
 mod options;

@@ -145,3 +145,15 @@ pub(crate) fn terminal(ctr: &Ctr) -> Result<()> {
     );
     Ok(())
 }
+
+/// The reader's place holds while what it has passed goes, on every file system of the host: where the dev
+/// VM's containerd keeps its containers, positions are counted.
+#[test]
+fn a_folder_is_removed_while_it_is_listed() -> Outcome {
+    scenario(|ctr| {
+        let script = "mkdir /full && cd /full && for file in $(seq 300); do : > a-file-$file; done && \
+                      cd / && rm -r /full";
+        ctr.run_script(&[], "removed", script)?.quietly()?;
+        Ok(())
+    })
+}

@@ -270,7 +270,7 @@ fn qemu(linux: &Linux, options: &Options, folder: &Path, init: &Path) -> Result<
         ));
     // 64: the stacks of all processors.
     let mut parameters = format!(
-        "console=ttyS0 quiet loglevel=4 panic=-1 unknown_nmi_panic panic_print=64 nutshell.init={}",
+        "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable unknown_nmi_panic panic_print=64 nutshell.init={}",
         init.display()
     );
     share(&mut command, Path::new("/"), "hostroot", true);

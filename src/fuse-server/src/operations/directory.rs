@@ -5,11 +5,12 @@ use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::sync::PoisonError;
 
-use rustix::fs::{FileType, OFlags, RawDir, RawDirEntry, SeekFrom, seek, syncfs};
+use rustix::fs::{FileType, OFlags, syncfs};
 use rustix::io::Errno;
 
 use crate::call::{Answer, Call};
 use crate::inode::Inode;
+use crate::listing::Entry;
 use crate::name;
 use crate::options::Cache;
 use crate::protocol::flags::{init, open_out};
@@ -19,12 +20,6 @@ use crate::session::Session;
 
 /// The most of a directory that one request reads, in bytes.
 const MAX_LISTING: usize = 64 * 1024;
-
-/// The least buffer for the host's entries: one with the longest name fits.
-const MIN_HOST_BUFFER: usize = 1024;
-
-/// A stream position that no directory has: where the stream stands is not known.
-const UNKNOWN: u64 = u64::MAX;
 
 impl Server {
     pub(crate) fn opendir(&self, call: &mut Call<'_>) -> Answer {
@@ -57,32 +52,24 @@ impl Server {
             .map_err(|_| Errno::INVAL)?
             .min(call.room())
             .min(MAX_LISTING);
-        let mut position = handle
-            .position()?
+        let mut entries = handle
+            .listing()?
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if *position != request.offset {
-            seek(&handle, SeekFrom::Start(request.offset))?;
-        }
-        // Until the listing has come to its end in step with the stream.
-        *position = UNKNOWN;
-
+        entries.go_to(&handle, request.offset)?;
         // An entry with attributes is several times the host's, which are read for as many as fit.
         let host_room = if plus { room / 4 } else { room };
-        call.host.clear();
-        call.host.reserve(host_room.max(MIN_HOST_BUFFER));
-        let mut entries = RawDir::new(&handle, call.host.spare_capacity_mut());
         let listing = &mut *call.scratch;
         listing.clear();
-        while let Some(entry) = entries.next() {
-            let entry = match entry {
-                Ok(entry) => entry,
+        for index in 0.. {
+            let entry = match entries.get(&handle, index, call.host, host_room) {
+                Ok(Some(entry)) => entry,
+                Ok(None) => break,
                 // What has been listed goes out; the error comes again with the next request.
                 Err(_) if !listing.is_empty() => break,
                 Err(errno) => return Err(errno),
             };
-            let next = entry.next_entry_cookie();
-            let name = entry.file_name();
+            let name = entry.name();
             if listing.len().saturating_add(record_size(name, plus)) > room {
                 if listing.is_empty() {
                     return Err(Errno::INVAL);
@@ -96,16 +83,12 @@ impl Server {
                 // What lies above the shared directory is nothing to the guest.
                 ROOT_ID
             } else {
-                self.number(call.session, entry.ino(), inode.mount())
+                self.number(call.session, entry.ino, inode.mount())
             };
-            put_dirent(number, &entry, listing);
-            *position = if entries.is_buffer_empty() {
-                next
-            } else {
-                UNKNOWN
-            };
+            put_dirent(number, entry, listing);
         }
-        drop(position);
+        entries.rest();
+        drop(entries);
         call.answer_scratch()
     }
 
@@ -147,13 +130,13 @@ fn record_size(name: &CStr, plus: bool) -> usize {
         .saturating_add(entry)
 }
 
-fn put_dirent(ino: u64, entry: &RawDirEntry<'_>, listing: &mut Vec<u8>) {
-    let name = entry.file_name().to_bytes();
+fn put_dirent(ino: u64, entry: &Entry, listing: &mut Vec<u8>) {
+    let name = entry.name().to_bytes();
     Dirent {
         ino,
-        off: entry.next_entry_cookie(),
+        off: entry.next,
         namelen: u32::try_from(name.len()).unwrap_or(0),
-        kind: entry.file_type().as_raw_mode() >> 12 & 0xf,
+        kind: entry.kind,
     }
     .put(listing);
     listing.extend_from_slice(name);
