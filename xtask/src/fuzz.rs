@@ -97,6 +97,10 @@ fn fuzz(folder: &Path, name: &str, program: &Path, seconds: u64) -> Result<()> {
     }
     progress::run(
         Command::new(program)
+            .env(
+                "LSAN_OPTIONS",
+                format!("suppressions={}", folder.join("leaks.txt").display()),
+            )
             .arg(format!("-max_total_time={seconds}"))
             .arg(format!("-artifact_prefix={}/", artifacts.display()))
             // The bytes are a guest's choices: a short input is a guest that does little.
