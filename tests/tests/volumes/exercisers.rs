@@ -242,8 +242,9 @@ fn exercise(node: &Node, name: &str, before: &str, options: &str) -> Result<(i32
     let seed = now.subsec_nanos();
     say_aloud(&format!("fsx: seed {seed}"))?;
     let pod = Pod::run(node, name)?;
+    // The shell stays: the first process of a container would not hear of a `timeout` in it.
     let script = format!(
-        "echo up; {before} {TOOL} -q -f {CONFIGURATION} -S {seed} {options} -P /tmp {DATA}/file"
+        "echo up; {before} {TOOL} -q -f {CONFIGURATION} -S {seed} {options} -P /tmp {DATA}/file; exit $?"
     );
     let config = disk.container(&pod, &script, "NUTSHELL_TEST_FSX", FSX)?;
     let container = started(&pod, &config)?;
