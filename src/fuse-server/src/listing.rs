@@ -92,14 +92,16 @@ impl Listing {
         }
         let passed = self.entries.iter().position(|entry| entry.next == position);
         match passed.filter(|_| position != 0) {
-            Some(last) => drop(self.entries.drain(..=last)),
+            Some(last) => {
+                self.entries.drain(..=last);
+                self.count();
+            }
             None => {
                 self.forget();
                 seek(directory, SeekFrom::Start(position))?;
             }
         }
         self.start = Some(position);
-        self.count();
         Ok(())
     }
 

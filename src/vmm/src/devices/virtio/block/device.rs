@@ -65,7 +65,7 @@ pub enum BlockError {
 /// A disk.
 #[derive(Debug)]
 pub struct BlockDevice {
-    disk: Arc<Disk>,
+    pub(super) disk: Arc<Disk>,
     /// Sectors that the file keeps or gives back as one.
     discard_alignment: u32,
     queue_sizes: Vec<u16>,

@@ -7,15 +7,14 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
-use fuse_server::Complaints;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::BlockDevice;
 use super::device::{FEATURE_DISCARD, FEATURE_FLUSH, FEATURE_WRITE_ZEROES};
 use super::engine::{Engine, Served};
-use super::request::{Disk, IO_ERROR, OK, Request, SECTOR, SERIAL_LEN, UNSUPPORTED};
+use super::request::{Disk, IO_ERROR, OK, Request, SECTOR, UNSUPPORTED};
 use crate::devices::virtio::fuzz_input::Input;
 use crate::devices::virtio::test_ring::{NEXT, NoInterrupt, Ring, WRITE};
 use crate::sys::uring;
@@ -93,7 +92,7 @@ pub fn guest_requests(bytes: &[u8]) {
     let memory = Arc::new(memory);
     let choices = input.byte();
     let read_only = choices & 1 != 0;
-    let disk = disk(read_only);
+    let disk = device(read_only).disk;
     let mut engine = match uring::Ring::new(&disk.file, SIZE) {
         Ok(ring) if choices & 2 != 0 => Engine::Ring(Box::new(ring)),
         _ => Engine::InTurn,
@@ -136,22 +135,13 @@ pub fn guest_requests(bytes: &[u8]) {
     }
 }
 
-fn disk(read_only: bool) -> Disk {
+fn device(read_only: bool) -> BlockDevice {
     let file: File = memfd_create("disk", MemfdFlags::CLOEXEC)
         .expect("a file in memory")
         .into();
     let content = vec![FILL; usize::try_from(SECTORS * SECTOR).unwrap_or_default()];
     file.write_all_at(&content, 0).expect("a disk's content");
-    Disk {
-        name: "disk".to_owned(),
-        file,
-        direct: None,
-        sectors: AtomicU64::new(SECTORS),
-        filled: AtomicU64::new(0),
-        read_only,
-        serial: [0; SERIAL_LEN],
-        complaints: Complaints::default(),
-    }
+    BlockDevice::new("disk", file, read_only, 1).expect("a disk")
 }
 
 /// No request makes a disk larger or smaller, and none changes one that is read-only.

@@ -37,11 +37,11 @@ const REGISTERS: usize = 0;
 const BELLS: usize = 1;
 
 /// Register blocks in the memory BAR, one to a page.
-const COMMON: Range<u64> = 0x0000..0x1000;
-const ISR: Range<u64> = 0x1000..0x2000;
-const DEVICE: Range<u64> = 0x2000..0x3000;
-const MSIX_TABLE: Range<u64> = 0x4000..0x5000;
-const MSIX_PENDING: Range<u64> = 0x5000..0x6000;
+pub(super) const COMMON: Range<u64> = 0x0000..0x1000;
+pub(super) const ISR: Range<u64> = 0x1000..0x2000;
+pub(super) const DEVICE: Range<u64> = 0x2000..0x3000;
+pub(super) const MSIX_TABLE: Range<u64> = 0x4000..0x5000;
+pub(super) const MSIX_PENDING: Range<u64> = 0x5000..0x6000;
 
 /// Bytes from one queue's doorbell to the next.
 const BELL_STRIDE: u8 = 4;

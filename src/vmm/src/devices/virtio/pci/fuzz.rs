@@ -4,11 +4,12 @@
 
 #![expect(clippy::expect_used, reason = "a fuzzer that can't go on should stop")]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::VirtioPciFunction;
+use super::function::{COMMON, DEVICE, ISR, MSIX_PENDING, MSIX_TABLE};
 use crate::devices::virtio::fuzz_input::Input;
 use crate::devices::virtio::{
     ActivateError, Activation, DeviceType, GuestMemory, Interrupt, VirtioDevice,
@@ -17,11 +18,17 @@ use crate::interrupt::mock::{MockController, MockDoorbells};
 use crate::pci::PciFunction;
 
 const QUEUES: usize = 2;
-/// Most bytes of an access: what KVM hands over.
+/// Bytes of an access, as KVM hands them over.
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
 
-/// Where the registers are that do something: the common ones, the device's own, MSI-X, pending bits.
-const BLOCKS: [(u64, u64); 4] = [(0, 0x40), (0x2000, 16), (0x4000, 64), (0x6000, 8)];
+/// Where the registers are that do something, and how many bytes of each block.
+const BLOCKS: [(u64, u64); 5] = [
+    (COMMON.start, 0x40),
+    (ISR.start, 1),
+    (DEVICE.start, 16),
+    (MSIX_TABLE.start, 64),
+    (MSIX_PENDING.start, 8),
+];
 
 /// A device that keeps what it was started with.
 #[derive(Debug, Default)]
@@ -47,14 +54,14 @@ impl VirtioDevice for Idle {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut started = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut started = lock(&self.0);
         assert!(started.is_none(), "started twice");
         *started = Some(activation);
         Ok(())
     }
 
     fn reset(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.0) = None;
     }
 }
 
@@ -146,26 +153,25 @@ pub fn guest_accesses(bytes: &[u8]) {
             }
             6 => function.write_bar(1, input.byte().into(), &input.data()),
             7 => {
-                let started = started.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(activation) = &*started {
+                if let Some(activation) = &*lock(&started) {
                     signal(&activation.interrupt, input.byte());
                 }
             }
             _ => function.write_bar(0, input.register(), &input.data()),
         }
-        let attached = bells.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let active = started
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some();
+        let attached = lock(&bells.0);
+        let active = lock(&started).is_some();
         assert!(
             attached.is_empty() || active && attached.len() == QUEUES,
             "doorbells of a device that does not run"
         );
     }
     drop(function);
-    let left = bells.0.lock().unwrap_or_else(PoisonError::into_inner);
-    assert!(left.is_empty(), "doorbells outlive their device");
+    assert!(lock(&bells.0).is_empty(), "doorbells outlive their device");
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The device's side; where an interrupt can't be sent is the host's affair.
