@@ -13,6 +13,7 @@ pub mod ctr;
 pub mod descriptors;
 pub mod disk;
 pub mod handlers;
+pub mod harness;
 pub mod installed;
 pub mod leaks;
 pub mod machine;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A machine of a suite's own: its VMM process, its guest, which is the suite's own program as
-//! init, and what the guest connects to.
+//! A machine of a suite's own: its VMM process, its guest, whose init is the suite's own program or the
+//! agent, and what the guest connects to.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -17,8 +17,8 @@ use std::{env, thread};
 use anyhow::{Context, Result, bail, ensure};
 use vmm::client::VmmProcess;
 use vmm::control::{
-    Block, Boot, Console, Event, ExitReason, FileIndex, Net, PROTOCOL_VERSION, RateLimits, Request,
-    Size, VmConfig, Vsock,
+    Block, Boot, Console, Event, ExitReason, FileIndex, Filesystem, FsCache, Net, PROTOCOL_VERSION,
+    RateLimits, Request, Size, VmConfig, Vsock,
 };
 
 use crate::installed::installed;
@@ -37,11 +37,28 @@ const RESIZED: Duration = Duration::from_secs(200);
 /// Memory at the start, in MiB.
 pub const MEMORY: u32 = 256;
 
-const CMDLINE: &str = "panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init";
+/// The agent is told the port that this module waits on; other programs know it.
+const CMDLINE: &str =
+    "panic=-1 root=/dev/vda ro rootfstype=erofs init=/sbin/init agent.ready_vport=1024";
+
+/// What a guest runs.
+#[derive(Debug, Default)]
+pub enum Program {
+    /// The suite's own program, as its init.
+    #[default]
+    Own,
+    /// The agent, in the image that the runtime has.
+    Agent {
+        /// A folder of the host's that it may mount by the tag `kataShared`.
+        shared: PathBuf,
+    },
+}
 
 /// What a machine is to be.
 #[derive(Debug)]
 pub struct Setup {
+    /// What its guest runs.
+    pub program: Program,
     /// Show the guest's console.
     pub console: bool,
     /// Virtual CPUs.
@@ -72,6 +89,7 @@ pub struct Disk {
 impl Default for Setup {
     fn default() -> Self {
         Self {
+            program: Program::Own,
             console: false,
             vcpus: 1,
             most_vcpus: 1,
@@ -165,7 +183,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots this binary as a guest, and waits until it listens.
+    /// Boots a guest, and waits until it listens.
     ///
     /// # Errors
     /// It does not come up.
@@ -407,15 +425,23 @@ fn configure(
         Some(named) => PathBuf::from(named),
         None => installed("vmlinux.container")?,
     };
-    let image = folder.join("image");
-    fs::write(&image, guest_image()?)?;
+    let (image, shared) = match setup.program {
+        Program::Own => {
+            let image = folder.join("image");
+            fs::write(&image, guest_image()?)?;
+            (image, None)
+        }
+        Program::Agent { shared } => (installed("kata-containers.img")?, Some(shared)),
+    };
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let mut files: Vec<OwnedFd> = vec![
         kvm.context("can't open /dev/kvm")?.into(),
         File::open(&kernel)
             .with_context(|| format!("can't open {}", kernel.display()))?
             .into(),
-        File::open(&image)?.into(),
+        File::open(&image)
+            .with_context(|| format!("can't open {}", image.display()))?
+            .into(),
         listener.into(),
     ];
     let mut cmdline = format!("{CMDLINE} {}", setup.parameters);
@@ -443,6 +469,17 @@ fn configure(
             limits: RateLimits::default(),
         });
     }
+    let mut filesystems = Vec::new();
+    if let Some(shared) = shared {
+        files.push(File::open(&shared)?.into());
+        filesystems.push(Filesystem {
+            tag: "kataShared".to_owned(),
+            directory: index(files.len().saturating_sub(1)),
+            read_only: false,
+            cache: FsCache::Never,
+            uncached: None,
+        });
+    }
     let console = if setup.console {
         files.push(io::stderr().as_fd().try_clone_to_owned()?);
         cmdline.push_str(" console=ttyS0 8250.nr_uarts=1");
@@ -464,7 +501,7 @@ fn configure(
         },
         blocks,
         nets,
-        filesystems: Vec::new(),
+        filesystems,
         vsock: Some(Vsock {
             cid: 3,
             listener: FileIndex(3),

@@ -12,11 +12,10 @@ mod hotplug;
 mod size;
 
 use std::io::Write;
-use std::process::ExitCode;
-use std::time::Instant;
-use std::{env, process};
+use std::process::{self, ExitCode};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use tests::harness::{self, Suite};
 use tests::machine::{Machine, Setup};
 use tests::pattern::read_line;
 use vmm::control::ExitReason;
@@ -107,61 +106,23 @@ fn main() -> ExitCode {
         guest::run();
         return ExitCode::FAILURE;
     }
-    let filter = env::args().nth(1);
-    let result = if filter.as_deref() == Some("vmm") {
-        vmm::process::run().context("vmm").map(|()| true)
-    } else {
-        suite(filter.as_deref())
-    };
-    match result {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("machine: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    harness::main("machine", run)
 }
 
-/// What fails where a machine is not as it should be.
-type Test = Box<dyn Fn() -> Result<()>>;
-
-/// Whether all cases with `filter` in their names passed.
-fn suite(filter: Option<&str>) -> Result<bool> {
-    let mut failed = Vec::new();
-    let mut count = 0_usize;
-    let mut tests: Vec<(&str, Test)> = Vec::new();
+fn run(suite: &mut Suite) -> Result<()> {
     for case in CASES {
-        tests.push((case.name, Box::new(move || run(&case))));
+        suite.run(case.name, || boot_and_end(&case));
     }
-    tests.push((disk::NAME, Box::new(disk::run)));
-    tests.push((generation::NAME, Box::new(generation::run)));
-    tests.push(("cpus_come_and_go_under_load", Box::new(size::vcpus)));
-    tests.push(("memory_comes_and_goes", Box::new(size::memory)));
-    tests.push((hotplug::COME_AND_GO, Box::new(hotplug::come_and_go)));
-    tests.push((hotplug::IN_USE, Box::new(hotplug::in_use)));
-    for (name, test) in tests {
-        if filter.is_some_and(|filter| !name.contains(filter)) {
-            continue;
-        }
-        count = count.saturating_add(1);
-        let begin = Instant::now();
-        let result = test();
-        let seconds = begin.elapsed().as_secs_f64();
-        match result {
-            Ok(()) => println!("test {name} ... ok ({seconds:.2} s)"),
-            Err(error) => {
-                println!("test {name} ... FAILED\n    {error:#}");
-                failed.push(name);
-            }
-        }
-    }
-    ensure!(count > 0, "no case has {filter:?} in its name");
-    println!("{count} machines, failed: {failed:?}");
-    Ok(failed.is_empty())
+    suite.run(disk::NAME, disk::run);
+    suite.run(generation::NAME, generation::run);
+    suite.run("cpus_come_and_go_under_load", size::vcpus);
+    suite.run("memory_comes_and_goes", size::memory);
+    suite.run(hotplug::COME_AND_GO, hotplug::come_and_go);
+    suite.run(hotplug::IN_USE, hotplug::in_use);
+    Ok(())
 }
 
-fn run(case: &Case) -> Result<()> {
+fn boot_and_end(case: &Case) -> Result<()> {
     let mut machine = Machine::start(Setup {
         vcpus: case.vcpus,
         parameters: case.parameters,

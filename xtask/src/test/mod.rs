@@ -42,6 +42,8 @@ enum Place {
     Exercisers,
     /// Component tests of the agent, in the dev VM.
     Agent,
+    /// A client of the agent in a guest that boots the installed image, as `Guest`.
+    Protocol,
     /// The test binary `pods` with containerd 2, which asks for a sandbox in this way.
     Containerd2(&'static str),
 }
@@ -63,14 +65,14 @@ impl Suite {
 
     /// Whether its tests can be chosen by their whole names, as the standard harness has it.
     fn has_exact_names(&self) -> bool {
-        !matches!(self.place, Place::Guest)
+        !matches!(self.place, Place::Guest | Place::Protocol)
     }
 
     /// What runs of it in the dev VM. What the test binary `program` finds there besides is built or
     /// fetched.
     fn job(&'static self, program: &Path, selection: &Selection) -> Result<Job> {
         let mut command = match self.place {
-            Place::Agent => {
+            Place::Agent | Place::Protocol => {
                 packages::ensure(
                     "the agent's tests",
                     &[
@@ -189,6 +191,13 @@ const SUITES: &[Suite] = &[
         about: "network namespaces, carried into the guest",
         quick: false,
         place: Place::DevVm,
+        skip: &[],
+    },
+    Suite {
+        name: "protocol",
+        about: "every method of the agent's protocol, in a booted guest",
+        quick: false,
+        place: Place::Protocol,
         skip: &[],
     },
     Suite {

@@ -21,7 +21,6 @@ mod conformance_cases;
 mod disks;
 mod isolation;
 mod lifecycle;
-mod methods;
 mod network;
 mod pod;
 mod ports;

@@ -2,13 +2,16 @@
 //! Interfaces, routes and neighbours. A pair of virtual interfaces in the agent's own network
 //! namespace stands for the guest's network card.
 
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use protobuf::MessageField;
 use protocols::agent::agent::{
-    ARPNeighbors, AddARPNeighborsRequest, ListInterfacesRequest, ListRoutesRequest, Routes,
-    UpdateInterfaceRequest, UpdateRoutesRequest,
+    ARPNeighbors, AddARPNeighborsRequest, GetIPTablesRequest, ListInterfacesRequest,
+    ListRoutesRequest, Routes, SetIPTablesRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
 };
 use protocols::agent::types::{ARPNeighbor, IPAddress, Interface, Route};
 use tokio::time::sleep;
@@ -330,5 +333,56 @@ async fn neighbours_need_no_asking() -> Result<()> {
         (code, line.as_str()),
         (3, "neighbour 10.1.0.1 of \"eth0\": hardware address \"2\"")
     );
+    Ok(())
+}
+
+/// By the tools of the agent's root, which here are the host's; with none the refusal names the one that
+/// is missing.
+#[tokio::test]
+async fn packet_filters_are_their_tool_s() -> Result<()> {
+    let rig = Rig::new().await?;
+    // The host's links to its programs, which the agent's root needs too.
+    let links = rig.path().join("etc/alternatives");
+    fs::create_dir_all(&links)?;
+    for entry in fs::read_dir("/etc/alternatives").into_iter().flatten() {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().contains("tables") {
+            symlink(fs::read_link(entry.path())?, links.join(entry.file_name()))?;
+        }
+    }
+    for (is_ipv6, tool) in [
+        (false, "/usr/sbin/iptables-save"),
+        (true, "/usr/sbin/ip6tables-save"),
+    ] {
+        let get = GetIPTablesRequest {
+            is_ipv6,
+            ..GetIPTablesRequest::default()
+        };
+        let set = SetIPTablesRequest {
+            is_ipv6,
+            data: b"*filter\n-A INPUT -p tcp --dport 99 -j DROP\nCOMMIT\n".to_vec(),
+            ..SetIPTablesRequest::default()
+        };
+        let before = rig.agent.get_ip_tables(ctx(), &get).await;
+        let set = rig.agent.set_ip_tables(ctx(), &set).await;
+        // The program may be there for a kernel that lacks its part.
+        let there = fs::exists(tool)?;
+        if there && Command::new(tool).output()?.status.success() {
+            before?;
+            set?;
+            let now = rig.agent.get_ip_tables(ctx(), &get).await?;
+            let now = String::from_utf8(now.data)?;
+            assert!(now.contains("--dport 99"), "{now}");
+        } else {
+            let code = if there { 13 } else { 12 };
+            for (refused, word) in [(refusal(before), "-save"), (refusal(set), "-restore")] {
+                assert_eq!(
+                    (refused.0, refused.1.contains(word)),
+                    (code, true),
+                    "{refused:?}"
+                );
+            }
+        }
+    }
     Ok(())
 }

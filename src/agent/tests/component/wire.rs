@@ -1,59 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The service's connection seen from its middle: which methods went over it, and bytes that no
-//! client of ours would send.
+//! The service's connection as bytes: those of a call, and some that no client of ours would send.
 
-use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
-use protobuf::Message as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{UnixListener, UnixStream};
-use ttrpc::asynchronous::Client;
-use ttrpc::proto::Request;
+use tokio::net::UnixStream;
 
 use crate::rig::{Rig, eventually};
 
 /// A frame of ttrpc begins with length, stream (both of big ends), type and flags.
 const HEADER: usize = 10;
 const REQUEST: u8 = 1;
-
-/// The methods that went over a connection, as `SERVICE/METHOD`.
-pub type Driven = Arc<Mutex<BTreeSet<String>>>;
-
-/// A client whose requests are noted on their way.
-pub async fn noted(rig: &Rig) -> Result<(Client, Driven)> {
-    let path = rig.share("noted.sock");
-    let listener = UnixListener::bind(&path)?;
-    let driven = Driven::default();
-    let notes = Arc::clone(&driven);
-    let server = UnixStream::connect(rig.share("agent.sock")).await?;
-    tokio::spawn(async move {
-        let (client, _) = listener.accept().await?;
-        let (mut from_client, mut to_client) = client.into_split();
-        let (mut from_server, mut to_server) = server.into_split();
-        tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
-        loop {
-            let mut header = [0; HEADER];
-            from_client.read_exact(&mut header).await?;
-            let length = u32::from_be_bytes([header[0], header[1], header[2], header[3]]);
-            let mut body = vec![0; length as usize];
-            from_client.read_exact(&mut body).await?;
-            if header[8] == REQUEST {
-                let request = Request::parse_from_bytes(&body)?;
-                let name = format!("{}/{}", request.service, request.method);
-                notes.lock().unwrap().insert(name);
-            }
-            to_server.write_all(&header).await?;
-            to_server.write_all(&body).await?;
-        }
-        #[expect(unreachable_code, reason = "names the error")]
-        anyhow::Ok(())
-    });
-    let client = Client::connect(&format!("unix://{}", path.display())).await?;
-    Ok((client, driven))
-}
 
 /// Sends bytes; the result is what comes back until there are `length` or the end.
 async fn exchange(socket: &Path, bytes: &[u8], length: usize) -> Result<Vec<u8>> {
