@@ -19,6 +19,8 @@ use ttrpc::asynchronous::Client as Connection;
 use ttrpc::context::{Context, with_timeout};
 use ttrpc::proto::Request;
 
+use crate::host::Host;
+
 /// A frame of ttrpc begins with length, stream (both in big endian), type and flags.
 const HEADER: usize = 10;
 const REQUEST: u8 = 1;
@@ -147,6 +149,13 @@ fn described() -> BTreeSet<String> {
         })
     });
     methods.collect()
+}
+
+/// The last scenario: none of the services' methods may be left.
+pub(crate) async fn every_method_was_driven(host: &Host) -> Result<()> {
+    let missing = host.client.not_driven()?;
+    ensure!(missing.is_empty(), "not driven: {missing:?}");
+    Ok(())
 }
 
 /// Asks until `check` holds.

@@ -191,7 +191,7 @@ pub(crate) async fn last_words(host: &Host) -> Result<()> {
 }
 
 /// The first process goes by each of its names, and nothing of its container stays in the guest.
-pub(crate) async fn end(host: &Host) -> Result<()> {
+pub(crate) async fn end_by_either_name(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     for (id, place, exec_id) in CONTAINERS {
         let signal = async |signal: u32| {

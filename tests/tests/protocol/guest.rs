@@ -71,7 +71,7 @@ pub(crate) async fn details(host: &Host) -> Result<()> {
 }
 
 /// What the machine is given is brought up.
-pub(crate) async fn online(host: &Host) -> Result<()> {
+pub(crate) async fn cpus_and_memory_come(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     ensure!(host.look("cat /sys/devices/system/cpu/online").await? == "0");
     let late = call!(
@@ -119,7 +119,7 @@ pub(crate) async fn online(host: &Host) -> Result<()> {
 }
 
 /// It is set to the second, and the random numbers of a clone are another's no more.
-pub(crate) async fn clock(host: &Host) -> Result<()> {
+pub(crate) async fn clock_is_set(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     let wrong = call!(
         agent,
@@ -180,7 +180,7 @@ pub(crate) async fn metrics(host: &Host) -> Result<()> {
 }
 
 /// With the reason.
-pub(crate) async fn refused_here(host: &Host) -> Result<()> {
+pub(crate) async fn what_makes_no_sense(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     let none = UNIMPLEMENTED;
     let swap = call!(agent, add_swap, AddSwapRequest { PCIPath: vec![1] });

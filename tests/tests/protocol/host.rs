@@ -250,10 +250,4 @@ impl Host {
         ensure!(ended.reason == ExitReason::Shutdown, "{ended}");
         Ok(())
     }
-
-    pub(crate) fn every_method_was_driven(&self) -> Result<()> {
-        let missing = self.client.not_driven()?;
-        ensure!(missing.is_empty(), "not driven: {missing:?}");
-        Ok(())
-    }
 }

@@ -31,61 +31,38 @@ use host::Host;
 /// A scenario on the suite's guest, as it stands.
 type Scenario = for<'a> fn(&'a Host) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
+/// Scenarios by the names of their functions.
+macro_rules! scenarios {
+    ($($scenario:path),* $(,)?) => {
+        &[$((stringify!($scenario), |host| Box::pin($scenario(host)))),*]
+    };
+}
+
 /// All of them, in the order in which they run.
-const ALL: &[(&str, Scenario)] = &[
-    ("health", |host| Box::pin(sandbox::health(host))),
-    ("a_sandbox_is_created_once", |host| {
-        Box::pin(sandbox::create(host))
-    }),
-    ("details_are_the_guest_s_own", |host| {
-        Box::pin(guest::details(host))
-    }),
-    ("cpus_and_memory_come", |host| Box::pin(guest::online(host))),
-    ("the_clock_is_set", |host| Box::pin(guest::clock(host))),
-    ("the_guest_is_measured", |host| {
-        Box::pin(guest::metrics(host))
-    }),
-    ("containers_of_both_layouts", |host| {
-        Box::pin(container::create(host))
-    }),
-    ("a_container_is_measured_and_limited", |host| {
-        Box::pin(container::resources(host))
-    }),
-    ("a_container_is_paused", |host| {
-        Box::pin(container::pause(host))
-    }),
-    ("last_words", |host| Box::pin(container::last_words(host))),
-    ("a_process_with_pipes", |host| {
-        Box::pin(process::pipes(host))
-    }),
-    ("a_process_on_a_terminal", |host| {
-        Box::pin(process::terminal(host))
-    }),
-    ("a_process_that_is_none", |host| {
-        Box::pin(process::nobody(host))
-    }),
-    ("containers_end_by_either_name", |host| {
-        Box::pin(container::end(host))
-    }),
-    ("memory_that_runs_out", |host| {
-        Box::pin(oom::one_container(host))
-    }),
-    ("a_tmpfs_grows", |host| Box::pin(storage::tmpfs(host))),
-    ("a_disk_grows", |host| Box::pin(storage::disk(host))),
-    ("an_interface_with_routes_and_neighbours", |host| {
-        Box::pin(network::card(host))
-    }),
-    ("packet_filters", |host| Box::pin(network::filters(host))),
-    ("a_file_is_copied", |host| Box::pin(files::copy(host))),
-    ("what_makes_no_sense_is_refused", |host| {
-        Box::pin(guest::refused_here(host))
-    }),
-    ("the_sandbox_ends_and_its_guest", |host| {
-        Box::pin(sandbox::destroy(host))
-    }),
-    ("every_method_was_driven", |host| {
-        Box::pin(async { host.every_method_was_driven() })
-    }),
+const ALL: &[(&str, Scenario)] = scenarios![
+    sandbox::health,
+    sandbox::create,
+    guest::details,
+    guest::cpus_and_memory_come,
+    guest::clock_is_set,
+    guest::metrics,
+    container::create,
+    container::resources,
+    container::pause,
+    container::last_words,
+    process::pipes,
+    process::terminal,
+    process::nobody,
+    container::end_by_either_name,
+    oom::one_container,
+    storage::tmpfs_grows,
+    storage::disk_grows,
+    network::card,
+    network::filters,
+    files::copy,
+    guest::what_makes_no_sense,
+    sandbox::destroy,
+    client::every_method_was_driven,
 ];
 
 fn main() -> ExitCode {

@@ -49,7 +49,7 @@ async fn resize(host: &Host, path: &str, size: u64) -> ttrpc::Result<()> {
     .map(drop)
 }
 
-pub(crate) async fn tmpfs(host: &Host) -> Result<()> {
+pub(crate) async fn tmpfs_grows(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     let update = async |storage: Storage| {
         call!(
@@ -87,7 +87,7 @@ pub(crate) async fn tmpfs(host: &Host) -> Result<()> {
 }
 
 /// By its PCI path; the file system takes what its disk has got.
-pub(crate) async fn disk(host: &Host) -> Result<()> {
+pub(crate) async fn disk_grows(host: &Host) -> Result<()> {
     let agent = &host.client.agent;
     let [size, larger] = SIZES;
     let image = Image::ext4(size, None)?;
