@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -71,6 +72,16 @@ pub(crate) fn vcpus() -> Result<()> {
     machine.ask(&Request::ResizeVcpus { count: 2 }, &[])?;
     machine.await_size(size(2, MEMORY))?;
     ensure!(ask(&machine, &format!("{ONLINE} 2"))? == "0 1");
+    // The host has no thread for one more, and has it later: KVM makes no vCPU twice.
+    let cgroup = Cgroup::of(machine.pid())?;
+    cgroup.limit_pids(Some(0))?;
+    let refused = machine.ask(&Request::ResizeVcpus { count: 3 }, &[]);
+    let text = format!("{:#}", refused.err().context("a thread too many")?);
+    ensure!(text.contains("thread"), "{text}");
+    cgroup.limit_pids(None)?;
+    machine.ask(&Request::ResizeVcpus { count: 3 }, &[])?;
+    machine.await_size(size(3, MEMORY))?;
+    ensure!(ask(&machine, &format!("{ONLINE} 3"))? == "0 1 2");
     // A machine with vCPUs that have left is paused, resumed and ended as any other.
     machine.ask(&Request::ResizeVcpus { count: 1 }, &[])?;
     machine.await_size(size(1, MEMORY))?;
@@ -160,6 +171,35 @@ fn threads(machine: &Machine) -> Result<usize> {
         count = count.saturating_add(usize::from(name.starts_with("vcpu")));
     }
     Ok(count)
+}
+
+/// A cgroup of a VMM's own, gone with this value; what is left in it goes back to where it was.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn of(pid: i32) -> Result<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+pids").context("no pids controller")?;
+        let cgroup = Self(root.join(format!("nutshell-machine-{pid}")));
+        fs::create_dir(&cgroup.0)?;
+        fs::write(cgroup.0.join("cgroup.procs"), pid.to_string())?;
+        Ok(cgroup)
+    }
+
+    fn limit_pids(&self, most: Option<u32>) -> Result<()> {
+        let most = most.map_or_else(|| "max".to_owned(), |most| most.to_string());
+        Ok(fs::write(self.0.join("pids.max"), most)?)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let processes = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        for pid in processes.lines() {
+            let _ = fs::write("/sys/fs/cgroup/cgroup.procs", pid);
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
 }
 
 /// MiB of the host's memory that the VMM holds.

@@ -2,7 +2,7 @@
 //! vCPUs and memory that come and go while the machine runs.
 
 use std::ops::Range;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
@@ -43,6 +43,17 @@ pub(super) struct HotVcpus {
     vm: Arc<Vm>,
     model: CpuModel,
     registers: Arc<HotplugRegisters>,
+    /// Those whose plug has failed, for the next time.
+    spare: Mutex<Vec<Spare>>,
+}
+
+/// A vCPU of KVM's that is not in use.
+#[derive(Debug)]
+struct Spare {
+    id: u8,
+    vcpu: VcpuFd,
+    /// It has run before.
+    is_used: bool,
 }
 
 impl HotVcpus {
@@ -65,6 +76,7 @@ impl HotVcpus {
             vm: Arc::clone(vm),
             model,
             registers: Arc::clone(&registers),
+            spare: Mutex::default(),
         };
         (hot, registers)
     }
@@ -93,30 +105,54 @@ impl HotVcpus {
         Ok(())
     }
 
+    /// What fails on the way is kept: it may be tried again.
     fn plug(&self, id: u8) -> Result<(), MachineError> {
-        let vcpu = match self.vcpus.take_retired(id) {
-            Some(vcpu) => renew(vcpu, id)?,
-            None => {
-                let vcpu = self.vm.create_vcpu(id)?;
-                self.model.set_up(&vcpu, id, None)?;
-                vcpu
-            }
+        let Spare { vcpu, is_used, .. } = self.unused(id)?;
+        let prepared = if is_used {
+            renew(&vcpu, id)
+        } else {
+            self.model.set_up(&vcpu, id, None)
         };
-        self.vcpus.add(id, vcpu).map_err(MachineError::Thread)?;
+        if let Err(error) = prepared {
+            self.spare().push(Spare { id, vcpu, is_used });
+            return Err(error.into());
+        }
+        if let Err((vcpu, error)) = self.vcpus.add(id, vcpu) {
+            self.spare().push(Spare { id, vcpu, is_used });
+            return Err(MachineError::Thread(error));
+        }
         self.registers.announce(id);
         Ok(())
+    }
+
+    /// The vCPU `id`, a new one if KVM has made none yet.
+    fn unused(&self, id: u8) -> Result<Spare, MachineError> {
+        if let Some(vcpu) = self.vcpus.take_retired(id) {
+            let is_used = true;
+            return Ok(Spare { id, vcpu, is_used });
+        }
+        let mut spare = self.spare();
+        if let Some(at) = spare.iter().position(|spare| spare.id == id) {
+            return Ok(spare.swap_remove(at));
+        }
+        let vcpu = self.vm.create_vcpu(id)?;
+        let is_used = false;
+        Ok(Spare { id, vcpu, is_used })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<Spare>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Has a vCPU wait for its INIT, as one that KVM has just made: INIT sets the rest.
-fn renew(vcpu: VcpuFd, id: u8) -> Result<VcpuFd, VcpuSetupError> {
+fn renew(vcpu: &VcpuFd, id: u8) -> Result<(), VcpuSetupError> {
     let state = kvm_mp_state {
         mp_state: KVM_MP_STATE_UNINITIALIZED,
     };
     let what = "to have it wait for INIT";
     vcpu.set_mp_state(state)
-        .map_err(|source| VcpuSetupError { id, what, source })?;
-    Ok(vcpu)
+        .map_err(|source| VcpuSetupError { id, what, source })
 }
 
 /// Has vCPUs leave that the guest has let go of. Others it can't let go of.

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -56,7 +57,7 @@ struct Thread {
     id: u8,
     exit: Arc<ImmediateExit>,
     retired: Arc<AtomicBool>,
-    handle: JoinHandle<VcpuFd>,
+    handle: JoinHandle<Option<VcpuFd>>,
 }
 
 impl Thread {
@@ -101,29 +102,40 @@ impl Vcpus {
     pub(super) fn spawn(&self, vcpus: Vec<VcpuFd>, buses: Buses) -> io::Result<()> {
         let _ = self.buses.set(Arc::new(buses));
         for (id, fd) in (0..).zip(vcpus) {
-            self.add(id, fd)?;
+            self.add(id, fd).map_err(|(_, error)| error)?;
         }
         Ok(())
     }
 
-    /// Starts the thread of a vCPU, which does as the others do.
-    pub(super) fn add(&self, id: u8, fd: VcpuFd) -> io::Result<()> {
-        let buses = self.buses.get().map(Arc::clone);
-        let exit = Arc::new(ImmediateExit::new(&fd)?);
+    /// Starts the thread of a vCPU, which does as the others do. Where there is none to be had the vCPU
+    /// comes back: KVM makes no second one.
+    pub(super) fn add(&self, id: u8, fd: VcpuFd) -> Result<(), (VcpuFd, io::Error)> {
+        let Some(buses) = self.buses.get().map(Arc::clone) else {
+            return Err((fd, io::ErrorKind::NotConnected.into()));
+        };
+        let exit = match ImmediateExit::new(&fd) {
+            Ok(exit) => Arc::new(exit),
+            Err(error) => return Err((fd, error)),
+        };
         let retired = Arc::new(AtomicBool::new(false));
-        let vcpu = Vcpu {
+        let (vcpu, given) = sync_channel::<Vcpu>(1);
+        let mut threads = self.lock();
+        let thread = thread::Builder::new().name(format!("vcpu{id}"));
+        let handle = match thread.spawn(move || given.recv().ok().map(Vcpu::live)) {
+            Ok(handle) => handle,
+            Err(error) => return Err((fd, error)),
+        };
+        self.control.lock().count_one();
+        // There is room for it, and the thread waits.
+        let _ = vcpu.send(Vcpu {
             id,
             fd,
             exit: Arc::clone(&exit),
             retired: Arc::clone(&retired),
             control: Arc::clone(&self.control),
-            buses: buses.ok_or(io::ErrorKind::NotConnected)?,
+            buses,
             events: Arc::clone(&self.events),
-        };
-        let mut threads = self.lock();
-        let thread = thread::Builder::new().name(format!("vcpu{id}"));
-        let handle = thread.spawn(move || vcpu.live())?;
-        self.control.lock().count_one();
+        });
         threads.push(Thread {
             id,
             exit,
@@ -155,7 +167,7 @@ impl Vcpus {
         let at = threads.iter().position(retired)?;
         let thread = threads.swap_remove(at);
         drop(threads);
-        thread.handle.join().ok()
+        thread.handle.join().ok().flatten()
     }
 
     /// vCPUs that the guest may run on.
