@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The host's side: the machine, what it shares with its guest, and a look around inside.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
@@ -26,9 +26,11 @@ use crate::spec;
 
 /// Where the guest mounts the shared folder.
 pub(crate) const SHARED: &str = "/run/kata-containers/shared/containers";
-/// A container that sees the guest as it is: its processes, and through its init's all that is mounted.
+/// The container that looks around.
 pub(crate) const PROBE: &str = "probe";
+/// There it has the guest's processes,
 const PROCESSES: &str = "/guest";
+/// and with its init's root all that is mounted now.
 pub(crate) const GUEST: &str = "/guest/1/root";
 
 /// The guest's card, and the host's address at the other end of its wire.
@@ -57,7 +59,7 @@ pub(crate) struct Host {
     pub(crate) machine: RefCell<Machine>,
     pub(crate) client: Client,
     shared: TempDir,
-    looks: RefCell<usize>,
+    looks: Cell<usize>,
 }
 
 impl Host {
@@ -91,7 +93,7 @@ impl Host {
             machine: RefCell::new(machine),
             client,
             shared,
-            looks: RefCell::default(),
+            looks: Cell::default(),
         })
     }
 
@@ -137,8 +139,8 @@ impl Host {
 
     /// What a script in the probe prints; it must succeed.
     pub(crate) async fn look(&self, script: &str) -> Result<String> {
-        let number = self.looks.replace_with(|count| count.saturating_add(1));
-        let exec_id = format!("look-{number}");
+        self.looks.set(self.looks.get().saturating_add(1));
+        let exec_id = format!("look-{}", self.looks.get());
         let process = spec::process(&["sh", "-c", script]);
         call!(
             self.client.agent,
