@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! File systems on disks.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use protocols::agent::agent::Storage;
-use rustix::fs::{Mode, OFlags, open, syncfs};
+use rustix::fs::{Mode, OFlags, major, minor, open, syncfs};
 use rustix::io::Errno;
 
 use super::driver::{Mounted, give_group, has, target};
@@ -22,6 +23,7 @@ use crate::tool;
 const FORMAT: &str = "create_filesystem";
 /// Every file system that this guest knows has something in here.
 const BLANK: usize = 128 << 10;
+const MOUNTS: &str = "/proc/self/mountinfo";
 /// How long the kernel may take to be done with an unmounted disk.
 const LET_GO: Duration = Duration::from_secs(5);
 /// No event tells that it is.
@@ -100,7 +102,8 @@ pub(super) fn mount(storage: &Storage) -> Result<Mounted> {
     })
 }
 
-/// Takes a file system away, and waits until its disk may go.
+/// Takes a file system away, and waits until its disk may go: unless it is mounted elsewhere as well, as a
+/// layer of two containers is.
 ///
 /// # Errors
 ///
@@ -118,6 +121,7 @@ pub(super) fn unmount(point: &Path, device: &Path) -> Result<()> {
     let begin = Instant::now();
     loop {
         match open(device, flags, Mode::empty()) {
+            Err(Errno::BUSY) if is_mounted(device)? => return Ok(()),
             Err(Errno::BUSY) if begin.elapsed() < LET_GO => sleep(LOOK_AGAIN),
             opened => {
                 return opened
@@ -128,11 +132,37 @@ pub(super) fn unmount(point: &Path, device: &Path) -> Result<()> {
     }
 }
 
+/// Whether a file system of the disk's is mounted somewhere.
+fn is_mounted(device: &Path) -> Result<bool> {
+    let number = fs::metadata(device)
+        .context(|| format!("look at {device:?}"))?
+        .rdev();
+    let mounts = fs::read_to_string(MOUNTS).context(|| MOUNTS.to_owned())?;
+    Ok(has_mounts(&mounts, number))
+}
+
+/// Whether one of `mounts` is of the disk of this number (proc_pid_mountinfo(5)).
+fn has_mounts(mounts: &str, number: u64) -> bool {
+    let number = format!("{}:{}", major(number), minor(number));
+    let mut numbers = mounts.lines().filter_map(|line| line.split(' ').nth(2));
+    numbers.any(|other| other == number)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use rustix::fs::makedev;
 
     use super::*;
+
+    #[test]
+    fn a_disk_is_mounted_where_a_mount_has_its_number() {
+        let mounts =
+            "24 1 254:16 / / ro - erofs /dev/vdb ro\n25 24 0:5 / /dev rw - devtmpfs d rw\n";
+        assert!(has_mounts(mounts, makedev(254, 16)));
+        assert!(has_mounts(mounts, makedev(0, 5)));
+        assert!(!has_mounts(mounts, makedev(254, 1)));
+        assert!(!has_mounts("", makedev(254, 16)));
+    }
 
     #[test]
     fn only_what_is_blank_is_formatted() {

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use protobuf::MessageField;
@@ -257,8 +257,26 @@ async fn read_only_layers_and_a_writable_one_are_one_root() -> Result<()> {
         above.name()
     );
     assert_eq!(outcome.stdout, expected, "{outcome:?}");
+    // Another container has the same layers below one of its own, and keeps them.
+    let own = Disk::new()?;
+    let mut second = request("second", rig.spec("second", &["true"])?);
+    second.storages = layers.clone();
+    second.storages[0].source = own.name();
+    for layer in &mut second.storages {
+        layer.mount_point = root.replace("layered", "second");
+    }
+    rig.agent.create_container(ctx(), &second).await?;
+    let begin = Instant::now();
     rig.remove("layered").await?;
-    for disk in [&upper, &below, &above] {
+    assert!(!upper.is_in_use() && own.is_in_use() && above.is_in_use() && below.is_in_use());
+    // Nobody waited for what does not end.
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    rig.remove("second").await?;
+    for disk in [&upper, &own, &below, &above] {
         assert!(!disk.is_in_use(), "{}", disk.name());
     }
     // One that can't be mounted takes the others with it.
