@@ -5,6 +5,7 @@
 use std::os::fd::AsFd as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use protocols::agent::agent::Storage;
 use tracing::warn;
@@ -12,6 +13,7 @@ use tracing::warn;
 use super::Wanted;
 use super::disk;
 use super::driver::{Mounted, has, named};
+use crate::disk::{Disk, Transport};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 
@@ -24,6 +26,8 @@ const LOWER: &str = "X-kata.overlay-lower";
 /// A folder to make on the writable one, whose root is [`ROOT`].
 const MAKE: &str = "X-kata.mkdir.path=";
 const ROOT: &str = "{{ mount 0 }}";
+/// EROFS's option for a disk that holds content of its files. A disk is named as the layer's own is.
+const BLOB: &str = "device=";
 /// All options of the runtime's own begin so.
 const MARK: &str = "X-kata.";
 
@@ -45,6 +49,22 @@ fn is_layer(storage: &Storage) -> bool {
 
 fn is_upper(storage: &Storage) -> bool {
     has(storage, UPPER) || (!has(storage, LOWER) && storage.fstype != "erofs")
+}
+
+/// Puts the nodes of the disks that a layer's files have their content on, once they are there, in place
+/// of what says where they are.
+///
+/// # Errors
+///
+/// Where no disk can be, or none is in time.
+pub(super) async fn find_blobs(layer: &mut Storage, patience: Duration) -> Result<()> {
+    for option in &mut layer.options {
+        if let Some(place) = option.strip_prefix(BLOB) {
+            let disk = Disk::await_at(Transport::Pci, place, patience).await?;
+            *option = format!("{BLOB}{}", disk.path.display());
+        }
+    }
+    Ok(())
 }
 
 /// Joins the layers among `storages` to one, in the place of the first of them.

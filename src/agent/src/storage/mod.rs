@@ -156,6 +156,10 @@ impl Storages {
             Ok(disk) => disk.path.display().to_string(),
             Err(error) => return Err(named(storage, error)),
         };
+        if storage.driver == layers::DRIVER {
+            let found = layers::find_blobs(storage, self.patience).await;
+            found.map_err(|error| named(storage, error))?;
+        }
         let formatted = disk::format(storage, &self.reaper).await;
         formatted.map_err(|error| named(storage, error))
     }
