@@ -30,6 +30,7 @@ mod serve;
 mod service;
 mod spec;
 mod start;
+mod template;
 mod volume;
 
 use std::env;

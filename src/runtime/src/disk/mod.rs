@@ -3,6 +3,7 @@
 //! files. The host opens them and mounts nothing; the machine gets them as disks of its own.
 
 mod direct;
+mod layers;
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -40,6 +41,11 @@ pub(crate) enum Role {
     Device(String),
     /// A file system that is mounted in the guest.
     Filesystem(Filesystem),
+    /// One that is a part of an overlay there. Parts of one are wanted in a row: the writable one, and
+    /// the others from the uppermost down.
+    Layer(Filesystem),
+    /// What the layer that follows holds its files' content in.
+    Blob,
 }
 
 /// A file system on a disk.
@@ -107,7 +113,7 @@ impl Wanted {
 
     /// Whether nobody else may have it open.
     fn alone(&self) -> bool {
-        matches!(self.role, Role::Filesystem(_)) && !self.read_only
+        !matches!(self.role, Role::Device(_)) && !self.read_only
     }
 
     /// Opens it; `direct` goes past the host's page cache. A file system that is to be written is
@@ -171,7 +177,10 @@ impl Wanted {
         };
         match &self.role {
             Role::Device(path) => format!("config.json: linux.devices: {path}: {source}"),
-            Role::Filesystem(filesystem) => format!("{} on {source}", filesystem.kind),
+            Role::Filesystem(filesystem) | Role::Layer(filesystem) => {
+                format!("{} on {source}", filesystem.kind)
+            }
+            Role::Blob => format!("blob of a layer on {source}"),
         }
     }
 
@@ -210,10 +219,18 @@ fn node(number: u64) -> io::Result<PathBuf> {
     Ok(Path::new("/dev").join(name))
 }
 
-/// The root file system of a container whose snapshotter gives a disk for it. The kind of mount
-/// decides, never what happens to be at a path (CVE-2026-24054): a bind mount or an overlay shares
-/// files, whatever they lie on.
-pub(crate) fn rootfs(container: &str, mounts: &[Mount]) -> Option<Wanted> {
+/// The disks of a container's root file system, if its snapshotter has it on any; else the host mounts
+/// it. The kind of mount decides, never what happens to be at a path (CVE-2026-24054): a bind mount or
+/// an overlay shares files, whatever they lie on.
+pub(crate) fn rootfs(container: &str, mounts: &[Mount]) -> Result<Vec<Wanted>> {
+    if layers::are_disks(mounts) {
+        return layers::disks(container, mounts);
+    }
+    Ok(whole(container, mounts).into_iter().collect())
+}
+
+/// The one disk that holds all of it.
+fn whole(container: &str, mounts: &[Mount]) -> Option<Wanted> {
     let [mount] = mounts else {
         return None;
     };
@@ -270,7 +287,7 @@ mod tests {
     fn the_kind_of_a_mount_says_whether_it_is_a_disk() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let disk = mount("xfs", file.path(), &["loop", "ro"]);
-        let wanted = rootfs("c1", std::slice::from_ref(&disk)).unwrap();
+        let wanted = whole("c1", std::slice::from_ref(&disk)).unwrap();
         assert!(wanted.read_only);
         let Role::Filesystem(filesystem) = wanted.role else {
             panic!("not a file system");
@@ -289,7 +306,7 @@ mod tests {
             vec![disk.clone(), disk],
             vec![],
         ] {
-            assert_eq!(rootfs("c1", &shared), None);
+            assert!(rootfs("c1", &shared).unwrap().is_empty());
         }
     }
 
@@ -298,7 +315,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let wanted = |options| {
             let mount = mount("ext4", file.path(), options);
-            rootfs("c1", &[mount]).unwrap()
+            whole("c1", &[mount]).unwrap()
         };
         let (writable, read_only) = (wanted(&["loop"]), wanted(&["loop", "ro"]));
         assert_ne!(writable.identity().unwrap(), read_only.identity().unwrap());

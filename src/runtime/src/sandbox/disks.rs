@@ -16,7 +16,7 @@ use vmm::control::RateLimits;
 
 use super::Sandbox;
 use super::vm::{DiskSettings, Vm};
-use crate::disk::{Identity, Role, Wanted};
+use crate::disk::{Filesystem, Identity, Role, Wanted};
 use crate::error::{Context, Result};
 
 /// The disks.
@@ -64,6 +64,8 @@ struct Disk {
 pub(crate) struct InGuest {
     pub(crate) devices: Vec<Device>,
     pub(crate) storages: Vec<Storage>,
+    /// Where the disks are that belong to the layer to come.
+    blobs: Vec<String>,
 }
 
 impl Sandbox {
@@ -197,16 +199,104 @@ impl InGuest {
                 container_path: path.clone(),
                 ..Device::default()
             }),
-            Role::Filesystem(filesystem) => self.storages.push(Storage {
-                driver: "blk".to_owned(),
-                source: place,
-                fstype: filesystem.kind.clone(),
-                options: filesystem.options.clone(),
-                mount_point: filesystem.point.clone(),
-                // Counted by its users: it must be unmounted before its disk goes.
-                fs_group: filesystem.group.clone().into(),
-                ..Storage::default()
-            }),
+            Role::Filesystem(filesystem) => {
+                self.storages.push(storage("blk", place, filesystem));
+            }
+            Role::Layer(filesystem) => {
+                let mut storage = storage("erofs.multi-layer", place, filesystem);
+                let blobs = self.blobs.drain(..);
+                storage
+                    .options
+                    .extend(blobs.map(|blob| format!("device={blob}")));
+                self.storages.push(storage);
+            }
+            Role::Blob => self.blobs.push(place),
         }
+    }
+}
+
+/// A file system on the disk at `place`, which `driver` of the agent's mounts.
+fn storage(driver: &str, place: String, filesystem: &Filesystem) -> Storage {
+    Storage {
+        driver: driver.to_owned(),
+        source: place,
+        fstype: filesystem.kind.clone(),
+        options: filesystem.options.clone(),
+        mount_point: filesystem.point.clone(),
+        // Counted by its users: it must be unmounted before its disk goes.
+        fs_group: filesystem.group.clone().into(),
+        ..Storage::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use protocols::containerd::mount::Mount;
+
+    use super::*;
+    use crate::disk;
+
+    #[test]
+    fn a_layer_s_blobs_are_told_by_their_slots() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            path.display().to_string()
+        };
+        let mut image = vec![0; 1024];
+        image.extend(0xe0f5_e1e2_u32.to_le_bytes());
+        let mount = |kind: &str, source: &str, options: &[&str]| Mount {
+            type_: kind.to_owned(),
+            source: source.to_owned(),
+            options: options.iter().map(|&it| it.to_owned()).collect(),
+            ..Mount::default()
+        };
+        let blob = format!("device={}", file("blob", b""));
+        let options = [
+            "upperdir={{ mount 0 }}/upper",
+            "workdir={{ mount 0 }}/work",
+            "lowerdir={{ mount 1 }}",
+        ];
+        let mounts = [
+            mount("ext4", &file("ext4", b""), &["rw", "loop"]),
+            mount(
+                "erofs",
+                &file("erofs", &image),
+                &["ro", "loop", &blob, &blob],
+            ),
+            mount("format/overlay", "overlay", &options),
+        ];
+        let mut guest = InGuest::default();
+        let wanted = disk::rootfs("c1", &mounts).unwrap();
+        for (wanted, slot) in wanted.iter().zip(8..) {
+            guest.add(wanted, slot);
+        }
+        let told: Vec<_> = guest
+            .storages
+            .iter()
+            .map(|it| (it.driver.as_str(), it.source.as_str(), it.fstype.as_str()))
+            .collect();
+        let driver = "erofs.multi-layer";
+        assert_eq!(told, [(driver, "08", "ext4"), (driver, "0b", "erofs")]);
+        let options: Vec<_> = guest.storages[1]
+            .options
+            .iter()
+            .map(String::as_str)
+            .collect();
+        assert_eq!(
+            options,
+            [
+                "ro",
+                "X-kata.multi-layer=true",
+                "X-kata.overlay-lower",
+                "device=09",
+                "device=0a"
+            ]
+        );
+        let same = |it: &Storage| Path::new(&it.mount_point).ends_with("c1/rootfs");
+        assert!(guest.storages.iter().all(same));
     }
 }

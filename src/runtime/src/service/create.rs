@@ -131,7 +131,7 @@ async fn container(
     streams: &mut Streams,
     hooks: &Hooks,
 ) -> Result<Arc<Sandbox>> {
-    let rootfs = Rootfs::new(request, bundle, &spec);
+    let rootfs = Rootfs::new(request, bundle, &spec)?;
     let (sandbox, amended, volumes, disks) = if let Membership::Member(id) = membership {
         let sandbox = shim.sandbox(id)?;
         sandbox.config().check_member(&spec.annotations)?;
@@ -173,7 +173,7 @@ async fn container(
 /// The disks that a container wants: its root's, those it binds a file system from, and those it
 /// wants as they are.
 fn wanted(rootfs: &Rootfs, amended: &mut Amended, spec: &mut Spec) -> Result<Vec<Wanted>> {
-    let mut all: Vec<_> = rootfs.disk.iter().cloned().collect();
+    let mut all = rootfs.disks.clone();
     let mut shared = Vec::new();
     for bind in mem::take(&mut amended.binds) {
         let Some((wanted, point)) = disk::volume(&bind.source)? else {
@@ -194,40 +194,42 @@ fn wanted(rootfs: &Rootfs, amended: &mut Amended, spec: &mut Spec) -> Result<Vec
 /// A container's root file system.
 struct Rootfs {
     container: String,
-    /// Its disk, if it is on one of its own.
-    disk: Option<Wanted>,
+    /// Its disks, if it is on any of its own.
+    disks: Vec<Wanted>,
     mounts: Vec<Mount>,
     folder: PathBuf,
 }
 
 impl Rootfs {
-    fn new(request: &CreateTaskRequest, bundle: &Bundle, spec: &Spec) -> Self {
+    fn new(request: &CreateTaskRequest, bundle: &Bundle, spec: &Spec) -> Result<Self> {
         let root = spec
             .root
             .as_ref()
             .map_or("rootfs", |root| root.path.as_str());
-        Self {
+        Ok(Self {
             container: request.id.clone(),
-            disk: disk::rootfs(&request.id, &request.rootfs),
+            disks: disk::rootfs(&request.id, &request.rootfs)?,
             mounts: request.rootfs.clone(),
             // Relative to the bundle, as the specification says.
             folder: bundle.path().join(root),
-        }
+        })
     }
 
     /// Where the guest finds it.
     fn in_guest(&self) -> String {
-        match &self.disk {
-            Some(_) => disk::rootfs_in_guest(&self.container),
-            None => Share::rootfs_in_guest(&self.container),
+        if self.disks.is_empty() {
+            Share::rootfs_in_guest(&self.container)
+        } else {
+            disk::rootfs_in_guest(&self.container)
         }
     }
 
     /// Mounts all that is shared, or nothing.
     fn mount(&self, share: &Share, binds: &[Bind]) -> Result<()> {
-        let rootfs = match &self.disk {
-            Some(_) => Ok(()),
-            None => share.add_rootfs(&self.container, &self.mounts, &self.folder),
+        let rootfs = if self.disks.is_empty() {
+            share.add_rootfs(&self.container, &self.mounts, &self.folder)
+        } else {
+            Ok(())
         };
         let mounted = rootfs.and_then(|()| {
             binds
