@@ -4,6 +4,8 @@
 //! All of them are made in the shim's own mount namespace, so that they end with the process,
 //! however it ends.
 
+mod layers;
+
 use std::path::{Path, PathBuf};
 use std::{env, io, thread};
 
@@ -11,6 +13,7 @@ use protocols::containerd::mount::Mount;
 use rustix::fs::{CWD, StatFs};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
+pub(crate) use self::layers::mount_layers;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::raw;
 
@@ -108,26 +111,27 @@ impl Options {
 
 /// Makes a snapshotter's mounts, in order, at `target`.
 pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
-    for description in mounts {
-        let target = beneath(target, &description.target)?;
-        let options = Options::parse(&description.options)?;
-        match options.bind {
-            Some(tree) => {
-                let read_only = options.flags.contains(MountFlags::RDONLY);
-                bind(
-                    Path::new(&description.source),
-                    &target,
-                    tree,
-                    read_only.then_some(Tree::Single),
-                    false,
-                )?;
-            }
-            // The guest may make device nodes where the host opens none (the file server looks for
-            // that): in a snapshot, which is nobody's but the container's.
-            None => mount_filesystem(description, options.without_devices(), &target)?,
+    mounts.iter().try_for_each(|mount| mount_one(mount, target))
+}
+
+fn mount_one(description: &Mount, target: &Path) -> Result<()> {
+    let target = beneath(target, &description.target)?;
+    let options = Options::parse(&description.options)?;
+    match options.bind {
+        Some(tree) => {
+            let read_only = options.flags.contains(MountFlags::RDONLY);
+            bind(
+                Path::new(&description.source),
+                &target,
+                tree,
+                read_only.then_some(Tree::Single),
+                false,
+            )
         }
+        // The guest may make device nodes where the host opens none (the file server looks for
+        // that): in a snapshot, which is nobody's but the container's.
+        None => mount_filesystem(description, options.without_devices(), &target),
     }
-    Ok(())
 }
 
 /// Binds `source` to `target`. The mount is made read-only, alone or with all below it, and private, so

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the one module of the crate that may")]
 
 pub(crate) mod bpf;
+pub(crate) mod loops;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

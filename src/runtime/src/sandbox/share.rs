@@ -9,6 +9,7 @@
 //! <share>/rw/volumes/<n>                     what containers bind from the host
 //! <share>/rw/watchable/<n>                   the same, where nothing is cached
 //! <share>/ro                                 the same, which the guest gets
+//! <share>/layers/<container>                 layers, while a root file system is made of them
 //! ```
 //!
 //! The guest gets a read-only view of the tmpfs, into which the mounts made in `rw` propagate as
@@ -32,6 +33,7 @@ use super::host_paths::HostPath;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::mount::{self, Tree};
 use crate::spec::Bind;
+use crate::template;
 
 /// Where the agent mounts the tree.
 pub(crate) const GUEST_ROOT: &str = "/run/kata-containers/shared/containers";
@@ -158,6 +160,9 @@ impl Share {
         make_folder(&target)?;
         if mounts.is_empty() {
             mount::bind(folder, &target, Tree::Recursive, None, false)
+        } else if mounts.iter().any(template::has_steps) {
+            let stage = self.root.join("layers").join(container);
+            mount::mount_layers(mounts, &stage, &target)
         } else {
             mount::mount_all(mounts, &target)
         }
