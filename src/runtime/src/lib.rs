@@ -105,22 +105,32 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// What containerd from 2.2 on reads: the mounts of a root file system that it leaves to the runtime, with
+/// commas between them. Others read no annotation.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+/// `mkfs` is not among them: containerd makes the file of the writable layer.
+const ALLOWED_MOUNTS: &str = "mkdir/*,format/*,erofs";
+
 /// For containerd from 2.0 on, which asks before it lists a runtime.
 fn info() -> Result<()> {
-    let info = RuntimeInfo {
-        name: "io.containerd.kata.v2".to_owned(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..RuntimeVersion::default()
-        }),
-        ..RuntimeInfo::default()
-    };
-    let bytes = info
+    let bytes = information()
         .write_to_bytes()
         .internal(|| "encode the information".to_owned())?;
     io::stdout()
         .write_all(&bytes)
         .internal(|| "print the information".to_owned())
+}
+
+fn information() -> RuntimeInfo {
+    RuntimeInfo {
+        name: "io.containerd.kata.v2".to_owned(),
+        version: MessageField::some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..RuntimeVersion::default()
+        }),
+        annotations: [(ALLOW_MOUNTS.to_owned(), ALLOWED_MOUNTS.to_owned())].into(),
+        ..RuntimeInfo::default()
+    }
 }
 
 fn version() {
@@ -135,4 +145,18 @@ fn version() {
 fn fail(reason: &str) -> ExitCode {
     let _ = writeln!(io::stderr(), "{reason}");
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerd_is_told_which_mounts_it_may_leave_to_the_runtime() {
+        let bytes = information().write_to_bytes().unwrap();
+        let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
+        assert_eq!(info.name, "io.containerd.kata.v2");
+        let allowed = info.annotations.get("containerd.io/runtime-allow-mounts");
+        assert_eq!(allowed.unwrap(), "mkdir/*,format/*,erofs");
+    }
 }
