@@ -15,6 +15,7 @@ mod disks;
 mod exercisers;
 mod files;
 mod full;
+mod layers;
 mod memory;
 mod size;
 mod trees;

@@ -300,6 +300,7 @@ fn exercisers() -> Result<Vec<String>> {
         "trying file systems out",
         &[
             any("e2fsprogs"),
+            any("erofs-utils"),
             any("git"),
             any("mount"),
             any("sqlite3"),
