@@ -335,7 +335,7 @@ async fn calls_about_the_guest() -> Result<()> {
     assert!(
         metrics
             .metrics
-            .contains("\nkata_guest_meminfo{item=\"MemTotal\"} ")
+            .contains("\nkata_guest_meminfo{item=\"mem_total\"} ")
     );
     rig.agent
         .online_cpu_mem(ctx(), &OnlineCPUMemRequest::default())
