@@ -211,7 +211,11 @@ pub fn with_device(
     config
 }
 
-fn run(command: &mut Command) -> Result<String> {
+/// What a program prints, without space around it.
+///
+/// # Errors
+/// It can't be started or fails.
+pub fn run(command: &mut Command) -> Result<String> {
     let output = command
         .output()
         .with_context(|| format!("starting {command:?}"))?;

@@ -11,6 +11,9 @@ use crate::error::{Context, Kind, Result, ShimError};
 const FOR_CONTAINERD: &str = "X-containerd.";
 const VERITY: &str = "X-containerd.dmverity=";
 
+/// EROFS's option for a file or disk that holds content of a layer's files, a blob.
+pub(crate) const BLOB: &str = "device=";
+
 /// What is to be done before a mount is its last word: `format/mkdir/overlay` is an overlay.
 const STEPS: [&str; 3] = ["format", "mkdir", "mkfs"];
 
@@ -124,6 +127,17 @@ fn mounts(words: &str) -> Option<Vec<usize>> {
             })
         }
         _ => None,
+    }
+}
+
+/// A mount as containerd describes it.
+#[cfg(test)]
+pub(crate) fn mount(kind: &str, source: impl AsRef<std::path::Path>, options: &[&str]) -> Mount {
+    Mount {
+        type_: kind.to_owned(),
+        source: source.as_ref().display().to_string(),
+        options: options.iter().map(|&word| word.to_owned()).collect(),
+        ..Mount::default()
     }
 }
 

@@ -14,7 +14,7 @@ use tests::bundle::Bundle;
 use tests::cri::LIMIT;
 use tests::cri::messages::{CreateTaskRequest, Empty, TaskMount, TaskRequest};
 use tests::ctr::Ctr;
-use tests::disk::Image;
+use tests::disk::{Image, run};
 use tests::node::Node;
 use tests::procs;
 use tests::scenario::{Outcome, pod_vm_scenario};
@@ -146,12 +146,6 @@ fn writable(image: &Image, lower: &str) -> (TaskMount, TaskMount) {
     (mount("ext4", &image.path(), &["rw", "loop"]), overlay)
 }
 
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {output:?}");
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-}
-
 /// A container that `ctr` knows, without a task.
 fn container(ctr: &Ctr, id: &str, bundle: &Bundle) -> Result<()> {
     let config = bundle.write()?.display().to_string();
@@ -192,6 +186,14 @@ fn shell(ctr: &Ctr, id: &str, script: &str) -> Result<String> {
     Ok(output.quietly()?.text())
 }
 
+/// The layers are one root: the upper one hides, and its files have their content.
+fn expect_joined(ctr: &Ctr, id: &str) -> Result<()> {
+    ensure!(shell(ctr, id, "cat /root/both /root/below")? == "from above\nfrom below");
+    ensure!(shell(ctr, id, "ls /root")? == "below\nboth\nlong");
+    ensure!(shell(ctr, id, "wc -c < /root/long; tail -c 5 /root/long")? == "500000\nlong");
+    Ok(())
+}
+
 fn end(ctr: &Ctr, id: &str) -> Result<()> {
     ctr.kill(id, "SIGKILL")?;
     ctr.wait_for_status(id, "STOPPED", LIMIT)?;
@@ -229,9 +231,7 @@ fn layers_on_disks_are_one_root_in_the_guest() -> Outcome {
             let open = files.iter().filter(|file| file.target == path).count();
             ensure!(open == 1, "{path} is {open} disks: {files:?}");
         }
-        ensure!(shell(ctr, id, "cat /root/both /root/below")? == "from above\nfrom below");
-        ensure!(shell(ctr, id, "ls /root")? == "below\nboth\nlong");
-        ensure!(shell(ctr, id, "wc -c < /root/long; tail -c 5 /root/long")? == "500000\nlong");
+        expect_joined(ctr, id)?;
         let mounted = shell(ctr, id, "grep ' / ' /proc/mounts")?;
         ensure!(mounted.contains(" / overlay rw"), "{mounted}");
         shell(
@@ -292,9 +292,7 @@ fn layers_below_a_folder_are_one_root_on_the_host() -> Outcome {
         container(ctr, id, &bundle)?;
         create(node, id, vec![layers.above(), layers.below(), overlay])?;
         start(node, id)?;
-        ensure!(shell(ctr, id, "cat /root/both /root/below")? == "from above\nfrom below");
-        ensure!(shell(ctr, id, "ls /root")? == "below\nboth\nlong");
-        ensure!(shell(ctr, id, "wc -c < /root/long; tail -c 5 /root/long")? == "500000\nlong");
+        expect_joined(ctr, id)?;
         shell(ctr, id, "echo changed > /root/both; echo new > /root/new")?;
         let kept = |name: &str| fs::read_to_string(place.path().join("fs/root").join(name));
         ensure!(kept("both")? == "changed\n" && kept("new")? == "new\n");

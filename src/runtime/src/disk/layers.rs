@@ -5,16 +5,16 @@
 //! The last mount is the overlay. Its options say by templates which of the mounts before is what,
 //! and in what order the read-only ones lie: the uppermost first, as in any `lowerdir`.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use protocols::containerd::mount::Mount;
 use vmm::arch::x86_64::layout::HOTPLUG_SLOTS;
 
-use super::{Filesystem, Role, Source, Wanted, content, options_for, rootfs_in_guest};
+use super::{Filesystem, Role, Source, Wanted, options_for, rootfs_in_guest};
 use crate::error::{Context, Kind, Result, ShimError};
-use crate::template::{self, Piece, wrong};
+use crate::template::{self, BLOB, Piece, wrong};
 
 const EROFS: &str = "erofs";
 /// What the guest can write to, of what containerd makes.
@@ -72,16 +72,14 @@ pub(super) fn disks(container: &str, mounts: &[Mount]) -> Result<Vec<Wanted>> {
                     .map(|it| format!("{MAKE_IN_GUEST}{it}")),
             );
         } else {
-            let is_blob = |option: &String| option.starts_with("device=");
-            let (blobs, others): (Vec<_>, Vec<_>) = options.into_iter().partition(is_blob);
             // Of the layer that follows them.
-            disks.extend(blobs.iter().map(|blob| Wanted {
-                source: Source::Path(PathBuf::from(blob.trim_start_matches("device="))),
+            let blobs = options.iter().filter_map(|it| it.strip_prefix(BLOB));
+            disks.extend(blobs.map(|blob| Wanted {
+                source: Source::Path(PathBuf::from(blob)),
                 read_only: true,
                 role: Role::Blob,
             }));
-            options = others;
-            options.retain(|option| option != "rw" && option != "ro");
+            options.retain(|it| !it.starts_with(BLOB) && it != "rw" && it != "ro");
             options.extend(["ro", ONE_OF_SEVERAL, LOWER].map(str::to_owned));
         }
         disks.push(Wanted {
@@ -209,23 +207,14 @@ fn is_erofs(mount: &Mount) -> bool {
 impl Wanted {
     /// That its source is there, and an EROFS where it has to be.
     fn check(&self) -> Result<()> {
-        let Source::Path(path) = &self.source else {
-            return Ok(());
-        };
-        let metadata = fs::metadata(path).context(Kind::InvalidArgument, || self.name())?;
-        if content(&metadata).is_none() {
-            return Err(self.wrong("it is neither a block device nor a file"));
+        self.identity()?;
+        if let (Source::Path(path), Role::Layer(filesystem)) = (&self.source, &self.role)
+            && filesystem.kind == EROFS
+            && magic(path).context(Kind::InvalidArgument, || self.name())? != Some(MAGIC)
+        {
+            return Err(self.wrong("it holds no EROFS"));
         }
-        match &self.role {
-            Role::Layer(filesystem) if filesystem.kind == EROFS => {
-                let magic = magic(path).context(Kind::InvalidArgument, || self.name())?;
-                match magic == Some(MAGIC) {
-                    true => Ok(()),
-                    false => Err(self.wrong("it holds no EROFS")),
-                }
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -250,16 +239,10 @@ fn unknown(number: usize, mount: &Mount) -> ShimError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs;
 
-    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
-        Mount {
-            type_: kind.to_owned(),
-            source: source.to_owned(),
-            options: options.iter().map(|&word| word.to_owned()).collect(),
-            ..Mount::default()
-        }
-    }
+    use super::*;
+    use crate::template::mount;
 
     /// As containerd has them, with files of the test's.
     fn mounts(folder: &Path) -> Vec<Mount> {
@@ -272,9 +255,9 @@ mod tests {
         fs::write(path("writable"), "").unwrap();
         let blob = format!("device={}", path("blob"));
         vec![
-            mount("ext4", &path("writable"), &["rw", "loop"]),
-            mount("erofs", &path("top"), &["ro", "loop"]),
-            mount("erofs", &path("bottom"), &["ro", "loop", &blob]),
+            mount("ext4", path("writable"), &["rw", "loop"]),
+            mount("erofs", path("top"), &["ro", "loop"]),
+            mount("erofs", path("bottom"), &["ro", "loop", &blob]),
             mount(
                 "format/mkdir/overlay",
                 "overlay",

@@ -273,15 +273,7 @@ fn options_for<'a>(kind: &str, options: impl Iterator<Item = &'a String>) -> Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn mount(kind: &str, source: &Path, options: &[&str]) -> Mount {
-        Mount {
-            type_: kind.to_owned(),
-            source: source.display().to_string(),
-            options: options.iter().map(|&word| word.to_owned()).collect(),
-            ..Mount::default()
-        }
-    }
+    use crate::template::mount;
 
     #[test]
     fn the_kind_of_a_mount_says_whether_it_is_a_disk() {

@@ -13,7 +13,7 @@ use protocols::containerd::mount::Mount;
 use super::{mount_one, unmount};
 use crate::error::{Context, Kind, Result};
 use crate::raw::loops;
-use crate::template::{self, Piece};
+use crate::template::{self, BLOB, Piece};
 
 /// What layers are, and what is made of them.
 const KINDS: [&str; 3] = ["erofs", "overlay", "bind"];
@@ -74,8 +74,8 @@ impl Stage<'_> {
             plain.source = attach(&plain.source)?;
         }
         for option in template::options(mount, at)? {
-            plain.options.push(match option.strip_prefix("device=") {
-                Some(blob) => format!("device={}", attach(blob)?),
+            plain.options.push(match option.strip_prefix(BLOB) {
+                Some(blob) => format!("{BLOB}{}", attach(blob)?),
                 None => self.expand(option, at)?,
             });
         }
@@ -137,15 +137,7 @@ fn attach(path: &str) -> io::Result<(String, File)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
-        Mount {
-            type_: kind.to_owned(),
-            source: source.to_owned(),
-            options: options.iter().map(|&word| word.to_owned()).collect(),
-            ..Mount::default()
-        }
-    }
+    use crate::template::mount;
 
     #[test]
     fn templates_are_where_layers_are_mounted() {

@@ -18,6 +18,7 @@ use super::Sandbox;
 use super::vm::{DiskSettings, Vm};
 use crate::disk::{Filesystem, Identity, Role, Wanted};
 use crate::error::{Context, Result};
+use crate::template::BLOB;
 
 /// The disks.
 #[derive(Debug)]
@@ -207,7 +208,7 @@ impl InGuest {
                 let blobs = self.blobs.drain(..);
                 storage
                     .options
-                    .extend(blobs.map(|blob| format!("device={blob}")));
+                    .extend(blobs.map(|blob| format!("{BLOB}{blob}")));
                 self.storages.push(storage);
             }
             Role::Blob => self.blobs.push(place),
@@ -233,10 +234,9 @@ fn storage(driver: &str, place: String, filesystem: &Filesystem) -> Storage {
 mod tests {
     use std::path::Path;
 
-    use protocols::containerd::mount::Mount;
-
     use super::*;
     use crate::disk;
+    use crate::template::mount;
 
     #[test]
     fn a_layer_s_blobs_are_told_by_their_slots() {
@@ -248,12 +248,6 @@ mod tests {
         };
         let mut image = vec![0; 1024];
         image.extend(0xe0f5_e1e2_u32.to_le_bytes());
-        let mount = |kind: &str, source: &str, options: &[&str]| Mount {
-            type_: kind.to_owned(),
-            source: source.to_owned(),
-            options: options.iter().map(|&it| it.to_owned()).collect(),
-            ..Mount::default()
-        };
         let blob = format!("device={}", file("blob", b""));
         let options = [
             "upperdir={{ mount 0 }}/upper",
@@ -261,10 +255,10 @@ mod tests {
             "lowerdir={{ mount 1 }}",
         ];
         let mounts = [
-            mount("ext4", &file("ext4", b""), &["rw", "loop"]),
+            mount("ext4", file("ext4", b""), &["rw", "loop"]),
             mount(
                 "erofs",
-                &file("erofs", &image),
+                file("erofs", &image),
                 &["ro", "loop", &blob, &blob],
             ),
             mount("format/overlay", "overlay", &options),
