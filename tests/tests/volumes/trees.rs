@@ -109,7 +109,7 @@ fn archive(folder: &Path, files: usize) -> Result<String> {
         )?;
     }
     let script = "set -e; export GIT_CONFIG_GLOBAL=/dev/null; cd source; git init -q; \
-                  git add -A; git -c user.name=n -c user.email=e commit -qm all; git gc -q; \
+                  git config gc.auto 0; git add -A; git -c user.name=n -c user.email=e commit -qm all; git gc -q; \
                   find . -type f ! -path './.git/*' | LC_ALL=C sort | xargs sha256sum | sha256sum; \
                   cd ..; tar cf source.tar source; rm -r source";
     let output = Command::new("sh")
