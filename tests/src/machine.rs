@@ -477,7 +477,7 @@ fn configure(
             directory: index(files.len().saturating_sub(1)),
             read_only: false,
             cache: FsCache::Never,
-            uncached: None,
+            cache_below: Vec::new(),
         });
     }
     let console = if setup.console {

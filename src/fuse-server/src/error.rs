@@ -18,9 +18,9 @@ pub enum ServerError {
     /// The host refused a call on the shared directory.
     #[error("can't use the shared directory")]
     Root(#[source] Errno),
-    /// The folder that is not to be cached is not there.
+    /// A folder of `Options::cache_below` is not there.
     #[error("can't use the folder {path:?} of the shared directory")]
-    Uncached {
+    Folder {
         /// As the options name it.
         path: PathBuf,
         /// Why not.

@@ -353,7 +353,7 @@ fn play(shared: &Path, choices: &mut Choices<'_>) {
         posix_acl: choices.byte() & 1 == 1,
         announce_submounts: choices.byte() & 1 == 1,
         read_only: choices.rarely(),
-        uncached: None,
+        cache_below: Vec::new(),
         max_open_files: 64,
     };
     let server = Server::new(&root, ProcSelfFd::open().unwrap(), options).unwrap();

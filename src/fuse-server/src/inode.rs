@@ -62,8 +62,8 @@ pub(crate) struct Inode {
     pub(crate) kind: FileType,
     /// How long the guest may trust what it has seen of it.
     pub(crate) cache: Cache,
+    pub(crate) key: Key,
     path: OwnedFd,
-    key: Key,
     /// Look-ups not yet forgotten. Grows under the table's read lock and shrinks under its write
     /// lock, so nobody finds an inode that is about to go.
     lookups: AtomicU64,

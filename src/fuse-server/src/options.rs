@@ -35,10 +35,10 @@ pub struct Options {
     pub read_only: bool,
     /// How long the guest may cache.
     pub cache: Cache,
-    /// A folder, as a path from the shared directory, below which it may not cache at all.
-    pub uncached: Option<PathBuf>,
-    /// Let the guest's page cache collect writes. Takes effect with `Cache::Always` only: a
-    /// guest that writes back later decides alone on sizes and times.
+    /// Folders, as paths from the shared directory, below which it caches otherwise.
+    pub cache_below: Vec<(PathBuf, Cache)>,
+    /// Let the guest's page cache collect writes. Takes effect with `Cache::Always` for the whole
+    /// directory only: a guest that writes back later decides alone on sizes and times.
     pub writeback: bool,
     /// Let the guest read and enforce POSIX ACLs. Costs a request an inode where permissions
     /// depend on groups.
@@ -56,7 +56,7 @@ impl Default for Options {
         Self {
             read_only: false,
             cache: Cache::default(),
-            uncached: None,
+            cache_below: Vec::new(),
             writeback: false,
             posix_acl: false,
             announce_submounts: false,

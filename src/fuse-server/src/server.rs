@@ -16,7 +16,7 @@ use crate::error::ServerError;
 use crate::handle::Handles;
 use crate::inode::{Found, Inodes, Key};
 use crate::operations::{RESOLVE, stat};
-use crate::options::Options;
+use crate::options::{Cache, Options};
 use crate::proc::ProcSelfFd;
 use crate::protocol::flags::init;
 use crate::protocol::{
@@ -33,8 +33,8 @@ pub struct Server {
     pub(crate) options: Options,
     pub(crate) proc: ProcSelfFd,
     pub(crate) inodes: Inodes,
-    /// The folder below which nothing is cached.
-    pub(crate) uncached: Option<Key>,
+    /// Folders below which the guest caches otherwise.
+    pub(crate) cache_below: Vec<(Key, Cache)>,
     pub(crate) handles: Handles,
     pub(crate) quota: Quota,
     session: RwLock<Option<Session>>,
@@ -47,7 +47,7 @@ fn key_below(root: &OwnedFd, path: &Path) -> Result<Key, ServerError> {
     openat2(root, path, flags, Mode::empty(), RESOLVE)
         .and_then(|folder| stat(&folder))
         .map(|stat| Key::new(&stat))
-        .map_err(|source| ServerError::Uncached {
+        .map_err(|source| ServerError::Folder {
             path: path.to_owned(),
             source,
         })
@@ -73,10 +73,11 @@ impl Server {
         if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory {
             return Err(ServerError::NotADirectory);
         }
-        let uncached = match &options.uncached {
-            Some(folder) => Some(key_below(&path, folder)?),
-            None => None,
-        };
+        let cache_below = options
+            .cache_below
+            .iter()
+            .map(|(folder, cache)| Ok((key_below(&path, folder)?, *cache)))
+            .collect::<Result<_, ServerError>>()?;
         let quota = Quota::new(options.max_open_files.max(1));
         let root = Found {
             path,
@@ -88,7 +89,7 @@ impl Server {
             options,
             proc,
             inodes: Inodes::new(root),
-            uncached,
+            cache_below,
             handles: Handles::default(),
             quota,
             session: RwLock::default(),

@@ -47,7 +47,7 @@ impl Session {
                 }
             }
         }
-        if options.uncached.is_some() {
+        if !options.cache_below.is_empty() {
             wanted |= init::DIRECT_IO_ALLOW_MMAP;
         }
         if options.announce_submounts {

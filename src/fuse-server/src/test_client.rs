@@ -60,7 +60,7 @@ impl Client {
     /// A guest that has not said INIT yet.
     pub(crate) fn silent(options: Options) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        if let Some(folder) = &options.uncached {
+        for (folder, _) in &options.cache_below {
             fs::create_dir_all(directory.path().join(folder)).unwrap();
         }
         let root = OwnedFd::from(File::open(directory.path()).unwrap());

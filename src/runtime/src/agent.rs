@@ -352,6 +352,16 @@ impl Agent {
         answer.map_err(begin_failed)
     }
 
+    /// The guest looks at what is gone from a shared tree. So it learns that it is, and forgets all below.
+    pub(crate) async fn look_at_gone(&self, path: &str) {
+        let request = VolumeStatsRequest {
+            volume_guest_path: path.to_owned(),
+            ..Default::default()
+        };
+        // That it isn't there is the right answer.
+        let _ = self.client.get_volume_stats(self.bounded(), &request).await;
+    }
+
     /// The file system of a volume takes `size` bytes of its disk.
     pub(crate) async fn resize_volume(&self, point: &str, size: u64) -> Result<()> {
         let request = ResizeVolumeRequest {

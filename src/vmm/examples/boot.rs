@@ -247,7 +247,7 @@ fn configure(options: &Options) -> Result<(VmConfig, Vec<OwnedFd>)> {
                 CacheOption::Auto => FsCache::Auto,
                 CacheOption::Always => FsCache::Always,
             },
-            uncached: None,
+            cache_below: Vec::new(),
         });
     }
     let vsock = match &options.vsock {

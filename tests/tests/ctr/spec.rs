@@ -6,6 +6,7 @@ use std::fs;
 use anyhow::ensure;
 use serde_json::json;
 use tests::bundle::Bundle;
+use tests::ctr::LIMIT;
 use tests::scenario::{Outcome, scenario};
 
 /// Capabilities 0, 5 and 10 (capability.h): chown, kill, net_bind_service.
@@ -245,6 +246,28 @@ fn a_container_may_have_every_right_inside() -> Outcome {
         ensure!(bits == 1 << 12 | 1 << 21, "{output}\n{bits:#x}");
         ensure!(output.value("MOUNT")? == "done", "{output}");
         ensure!(output.value("SYSCTL")? == "rw", "{output}");
+        Ok(())
+    })
+}
+
+#[test]
+fn what_the_host_changes_in_a_root_folder_is_seen() -> Outcome {
+    scenario(|ctr| {
+        // That there is nothing must not be remembered.
+        let script = "cat /told 2>/dev/null; ls / >/dev/null; echo looked; \
+                      until [ -e /told ]; do sleep 0.1; done; cat /told; ls /";
+        let bundle = Bundle::new(ctr, script)?;
+        let mut running = ctr.start_config(&bundle.write()?, "root-folder")?;
+        running.close_stdin();
+        running.wait_for_stdout("looked", LIMIT)?;
+        fs::write(bundle.root().join("told"), "words\n")?;
+        let output = running.finish(LIMIT)?.exits(0)?;
+        let text = output.text();
+        let lines: Vec<_> = text.lines().collect();
+        ensure!(
+            lines.contains(&"words") && lines.contains(&"told"),
+            "{output}"
+        );
         Ok(())
     })
 }

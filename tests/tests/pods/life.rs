@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods and their containers from creation to removal.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use tests::cri::LIMIT;
 use tests::cri::messages::{ContainerState, PodSandboxState};
 use tests::pod::{Pod, Spec};
+use tests::procs;
 use tests::scenario::{Outcome, pod_scenario};
+use tests::wait::until;
 
 /// Runs until it is told to end, which it does with 3.
 const WAITS: &str = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
@@ -143,6 +147,35 @@ fn containers_and_pods_go_in_any_order() -> Outcome {
 
         // The name is free again, for a pod without containers.
         Pod::run(node, "by-force")?.remove()
+    })
+}
+
+#[test]
+fn the_host_has_back_what_a_removed_container_used() -> Outcome {
+    pod_scenario(|node| {
+        let pod = Pod::run(node, "gone")?;
+        let keeper = pod.start_script("keeper", "exec sleep 1000")?;
+        keeper.shell("ls -lR /etc > /dev/null")?;
+        let open = || anyhow::Ok(procs::vmm(&pod.id)?.files()?.len());
+        let before = open()?;
+        // A container that ends and comes again, as one that crashes does.
+        for attempt in 0..3 {
+            let script = "mkdir /d; cd /d; seq 500 | xargs touch; echo made; sleep 1000";
+            let mut config = pod.container("main", script);
+            config.metadata.mut_or_insert_default().attempt = attempt;
+            config.log_path = format!("main-{attempt}.log");
+            let main = pod.start(&config)?;
+            main.wait_for_log("made\n", LIMIT)?;
+            let used = open()?;
+            ensure!(used > before + 500, "{used} open, {before} before");
+            main.stop(0)?;
+            main.remove()?;
+            // An open file keeps its mount and, if it is removed, its space on the disk.
+            until("files closed", Duration::from_secs(20), || {
+                Ok((open()? <= before + 20).then_some(()))
+            })?;
+        }
+        pod.remove()
     })
 }
 

@@ -88,7 +88,11 @@ impl Server {
             // What is only written has no use for a cache, which writes through here and is dropped at the
             // next open. Past it Linux doesn't ask for file capabilities before it writes: a request a file
             // made. Before DIRECT_IO_ALLOW_MMAP it left what others have cached of the file as it was.
-            Cache::Auto if access == OFlags::WRONLY && session.has(init::DIRECT_IO_ALLOW_MMAP) => {
+            Cache::Auto | Cache::Always
+                if access == OFlags::WRONLY
+                    && session.has(init::DIRECT_IO_ALLOW_MMAP)
+                    && !session.has(init::WRITEBACK_CACHE) =>
+            {
                 open_out::DIRECT_IO
             }
             Cache::Always => open_out::KEEP_CACHE,

@@ -5,12 +5,12 @@ use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Statx, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 
 use super::attributes::{attr, stat, validity};
 use crate::call::{Answer, Call};
-use crate::inode::{Found, Inode, Key};
+use crate::inode::{Found, Inode};
 use crate::options::Cache;
 use crate::protocol::flags::{ATTR_SUBMOUNT, init};
 use crate::protocol::{BatchForgetIn, EntryOut, ForgetIn, ForgetOne};
@@ -56,15 +56,11 @@ impl Server {
 
     fn found(&self, parent: &Inode, path: OwnedFd, permit: Permit) -> Result<Found, Errno> {
         let stat = stat(&path)?;
-        let uncached = parent.cache == Cache::Never || self.uncached == Some(Key::new(&stat));
+        let own = self.cache_below.iter().find(|(key, _)| *key == parent.key);
         Ok(Found {
             path,
             stat,
-            cache: if uncached {
-                Cache::Never
-            } else {
-                self.options.cache
-            },
+            cache: own.map_or(parent.cache, |(_, cache)| *cache),
             permit,
         })
     }
@@ -72,25 +68,28 @@ impl Server {
     fn known(&self, session: Session, parent: &Inode, found: Found) -> (EntryOut, Arc<Inode>) {
         let stat = found.stat;
         let inode = self.inodes.look_up(found);
-        let submount = inode.kind == FileType::Directory
-            && inode.mount() != parent.mount()
-            && session.has(init::SUBMOUNTS);
+        let mounted = inode.mount() != parent.mount();
+        let submount = mounted && inode.kind == FileType::Directory && session.has(init::SUBMOUNTS);
         let flags = if submount { ATTR_SUBMOUNT } else { 0 };
-        (self.described(session, &inode, &stat, flags), inode)
-    }
-
-    fn described(&self, session: Session, inode: &Inode, stat: &Statx, flags: u32) -> EntryOut {
         let number = self.number(session, stat.stx_ino, inode.mount());
-        let (seconds, nanoseconds) = validity(inode);
-        EntryOut {
+        let (attr_valid, attr_valid_nsec) = validity(&inode);
+        // What is mounted here may be gone at the next look. A guest that looks then forgets all
+        // below, and so lets the host have it back.
+        let (entry_valid, entry_valid_nsec) = if mounted {
+            (0, 0)
+        } else {
+            (attr_valid, attr_valid_nsec)
+        };
+        let entry = EntryOut {
             nodeid: inode.id,
             generation: 0,
-            entry_valid: seconds,
-            attr_valid: seconds,
-            entry_valid_nsec: nanoseconds,
-            attr_valid_nsec: nanoseconds,
-            attr: attr(stat, number, flags),
-        }
+            entry_valid,
+            attr_valid,
+            entry_valid_nsec,
+            attr_valid_nsec,
+            attr: attr(&stat, number, flags),
+        };
+        (entry, inode)
     }
 
     pub(crate) fn lookup(&self, call: &mut Call<'_>) -> Answer {
@@ -107,6 +106,9 @@ impl Server {
                     ..EntryOut::default()
                 })
             }
+            // At any other error Linux drops a name that it knew, with all below and what is mounted
+            // there: a container that opens too many files would lose its /proc.
+            Err(Errno::NFILE | Errno::MFILE) => Err(Errno::NOMEM),
             Err(errno) => Err(errno),
         }
     }

@@ -496,7 +496,10 @@ fn a_guest_runs_out_of_files_before_the_process_does() {
     let nodes: Vec<_> = (0..9)
         .map(|index| guest.lookup(ROOT_ID, &index.to_string()).unwrap().nodeid)
         .collect();
-    assert_eq!(guest.lookup(ROOT_ID, "9").unwrap_err(), Errno::NFILE);
+    for known_or_not in ["0", "9"] {
+        let refused = guest.lookup(ROOT_ID, known_or_not).unwrap_err();
+        assert_eq!(refused, Errno::NOMEM, "{known_or_not}");
+    }
     assert_eq!(guest.open(nodes[0], 0).unwrap_err(), Errno::NFILE);
     let made = guest.create(ROOT_ID, "new", 0o600, 0, libc::O_RDWR);
     assert_eq!(made.unwrap_err(), Errno::NFILE);

@@ -50,6 +50,8 @@ fn mounts_made_later_are_seen_and_told_apart() {
         let mut numbers = HashSet::new();
         for sub in ["a", "b"] {
             let mount = guest.lookup(ROOT_ID, sub).unwrap();
+            // At the next look another may be there, or none.
+            assert_eq!((mount.entry_valid, mount.attr_valid), (0, 1));
             assert_eq!(mount.attr.flags & ATTR_SUBMOUNT != 0, announce);
             let file = guest.lookup(mount.nodeid, "file").unwrap();
             assert_eq!(file.attr.flags, 0);

@@ -543,27 +543,42 @@ fn what_is_only_written_goes_past_the_guests_cache() {
 }
 
 #[test]
-fn below_one_folder_nothing_is_cached() {
+fn below_some_folders_the_guest_caches_otherwise() {
     let mut guest = Client::new(Options {
-        cache: Cache::Always,
-        uncached: Some("a/live".into()),
+        cache_below: vec![
+            ("a/live".into(), Cache::Never),
+            ("a/own".into(), Cache::Always),
+        ],
         ..Options::default()
     });
-    fs::create_dir(guest.directory.path().join("a/live/sub")).unwrap();
-    fs::write(guest.directory.path().join("a/live/sub/f"), "1").unwrap();
-    fs::create_dir(guest.directory.path().join("a/other")).unwrap();
-    let a = guest.lookup(ROOT_ID, "a").unwrap();
-    let other = guest.lookup(a.nodeid, "other").unwrap();
-    assert_eq!((a.entry_valid, other.entry_valid), (86_400, 86_400));
-    let mut folder = guest.lookup(a.nodeid, "live").unwrap();
-    for name in ["sub", "f"] {
-        assert_eq!((folder.entry_valid, folder.attr_valid), (0, 0));
-        folder = guest.lookup(folder.nodeid, name).unwrap();
+    for folder in ["a/live", "a/own", "a/other"] {
+        let sub = guest.directory.path().join(folder).join("sub");
+        fs::create_dir_all(&sub).unwrap();
+        fs::write(sub.join("f"), "1").unwrap();
     }
-    let reply = guest.call(Opcode::Open, folder.nodeid, &[0; 8]).unwrap();
-    let flags = take::<OpenOut>(&reply).open_flags;
-    assert_eq!(flags & open_out::KEEP_CACHE, 0);
-    assert!(flags & open_out::DIRECT_IO != 0);
-    let missing = guest.lookup(folder.nodeid, "none");
-    assert_eq!(missing.map(|entry| entry.nodeid), Err(Errno::NOTDIR));
+    let a = guest.lookup(ROOT_ID, "a").unwrap();
+    for (folder, below, missing, past) in [
+        ("live", 0, Err(Errno::NOENT), true),
+        ("own", 86_400, Ok(86_400), false),
+        ("other", 1, Err(Errno::NOENT), false),
+    ] {
+        // Of the folder itself the host changes the names.
+        let it = guest.lookup(a.nodeid, folder).unwrap();
+        assert_eq!((it.entry_valid, it.attr_valid), (1, 1), "{folder}");
+        let none = guest.lookup(it.nodeid, "none");
+        assert_eq!(none.map(|_| ()), Err(Errno::NOENT), "{folder}");
+        let sub = guest.lookup(it.nodeid, "sub").unwrap();
+        let file = guest.lookup(sub.nodeid, "f").unwrap();
+        for entry in [&sub, &file] {
+            let valid = (entry.entry_valid, entry.attr_valid);
+            assert_eq!(valid, (below, below), "{folder}");
+        }
+        let none = guest.lookup(sub.nodeid, "none");
+        assert_eq!(none.map(|entry| entry.entry_valid), missing, "{folder}");
+        let reply = guest.call(Opcode::Open, file.nodeid, &[0; 8]).unwrap();
+        let flags = take::<OpenOut>(&reply).open_flags;
+        assert_eq!(flags & open_out::DIRECT_IO != 0, past, "{folder}");
+        let kept = flags & open_out::KEEP_CACHE != 0;
+        assert_eq!(kept, folder == "own", "{folder}");
+    }
 }

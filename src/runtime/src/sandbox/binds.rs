@@ -106,15 +106,15 @@ impl Binds {
         there
     }
 
-    /// Takes away what only this container used.
-    pub(super) fn remove(&self, tree: &Path, container: &str) -> Result<()> {
+    /// Takes away what only this container used; answers its places.
+    pub(super) fn remove(&self, tree: &Path, container: &str) -> Result<Vec<String>> {
         let mut unused = Vec::new();
         for (name, place) in &mut *lock(&self.places) {
             if place.users.remove(container) && place.users.is_empty() {
                 unused.push((name.clone(), Arc::clone(&place.mounted)));
             }
         }
-        let mut removed = Ok(());
+        let mut removed = Ok(Vec::new());
         for (name, mounted) in unused {
             let mut there = lock(&mounted);
             // Somebody may have come meanwhile, and waits for this lock.
@@ -124,7 +124,12 @@ impl Binds {
             }
             let target = tree.join(&name);
             match unmount(&target).internal(|| format!("unmount {}", target.display())) {
-                Ok(()) => *there = None,
+                Ok(_) => {
+                    *there = None;
+                    if let Ok(names) = &mut removed {
+                        names.push(name.clone());
+                    }
+                }
                 Err(error) => {
                     // It can be removed again.
                     if let Some(place) = lock(&self.places).get_mut(&name) {
@@ -170,15 +175,16 @@ pub(super) fn mount_at(target: &Path, bind: &Bind) -> Result<()> {
     mount::bind(source, target, bind.tree, bind.read_only, bind.private)
 }
 
-/// Unmounts what is at a place, and removes the mount point.
-pub(super) fn unmount(target: &Path) -> io::Result<()> {
-    match mount::unmount(target) {
-        Ok(()) => {}
+/// Unmounts what is at a place, and removes the mount point; whether there was a mount.
+pub(super) fn unmount(target: &Path) -> io::Result<bool> {
+    let mounted = match mount::unmount(target) {
+        Ok(()) => true,
         // Never mounted: the create failed before.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {}
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => false,
         Err(error) => return Err(error),
-    }
-    remove_point(target)
+    };
+    remove_point(target)?;
+    Ok(mounted)
 }
 
 /// Not recursive: below a mount that stayed there is somebody's data.

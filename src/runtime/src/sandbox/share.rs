@@ -4,7 +4,8 @@
 //! The tree is a small tmpfs in the shim's own mount namespace, over an empty folder of the host:
 //!
 //! ```text
-//! <share>/rw/passthrough/<container>/rootfs  the container's root file system
+//! <share>/rw/rootfs/<container>              the container's root file system, of a snapshotter
+//! <share>/rw/passthrough/<container>/rootfs  the same, a folder of the host that others may change
 //! <share>/rw/passthrough/sandbox-mounts/<name>  what the operator shares with every guest
 //! <share>/rw/volumes/<n>                     what containers bind from the host
 //! <share>/rw/watchable/<n>                   the same, where nothing is cached
@@ -27,8 +28,11 @@ use protocols::agent::agent::Storage;
 use protocols::containerd::mount::Mount;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags};
+use tokio::task::spawn_blocking;
+use vmm::control::FsCache;
 
-use super::binds::{self, Binds};
+use super::Sandbox;
+use super::binds::{self, Binds, UNCACHED};
 use super::host_paths::HostPath;
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::mount::{self, Tree};
@@ -44,8 +48,16 @@ pub(super) const TAG: &str = "kataShared";
 /// Where every guest finds what the operator shares, in Kata's place.
 const HOST_PATHS: &str = "passthrough/sandbox-mounts";
 
+/// Root file systems that a snapshotter made for one container: nobody but the guest changes them.
+const OWN: &str = "rootfs";
+
 /// Folders and empty files only: mount points.
 const TMPFS_OPTIONS: &str = "mode=0755,size=4m,nr_inodes=64k";
+
+/// Places of the shared tree where nothing is any more.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Gone(Vec<String>);
 
 /// The shared tree.
 #[derive(Debug)]
@@ -66,6 +78,32 @@ pub(super) fn storage() -> Storage {
         mount_point: GUEST_ROOT.to_owned(),
         ..Storage::default()
     }
+}
+
+/// What the guest may cache otherwise than the `cache` that is configured.
+pub(super) fn cache_below(cache: FsCache) -> Vec<(String, FsCache)> {
+    let own = match cache {
+        FsCache::Never => FsCache::Never,
+        FsCache::Auto | FsCache::Always => FsCache::Always,
+    };
+    vec![(UNCACHED.to_owned(), FsCache::Never), (OWN.to_owned(), own)]
+}
+
+/// Where a container's root file system is in the tree.
+fn rootfs_place(container: &str, mounts: &[Mount]) -> String {
+    if mounts.is_empty() {
+        folder_rootfs(container)
+    } else {
+        own_rootfs(container)
+    }
+}
+
+fn own_rootfs(container: &str) -> String {
+    format!("{OWN}/{container}")
+}
+
+fn folder_rootfs(container: &str) -> String {
+    format!("passthrough/{container}/rootfs")
 }
 
 impl Share {
@@ -106,6 +144,7 @@ impl Share {
         rustix::mount::mount_change(root, private).internal(context)?;
         let (writable, guest) = (self.writable(), self.guest());
         make_folder(&writable.join("passthrough"))?;
+        make_folder(&writable.join(OWN))?;
         Binds::prepare(&writable)?;
         make_folder(&guest)?;
         mount::bind(&writable, &writable, Tree::Single, None, false)?;
@@ -156,7 +195,7 @@ impl Share {
         folder: &Path,
     ) -> Result<()> {
         let _open = self.hold()?;
-        let target = self.container(container).join("rootfs");
+        let target = self.writable().join(rootfs_place(container, mounts));
         make_folder(&target)?;
         if mounts.is_empty() {
             mount::bind(folder, &target, Tree::Recursive, None, false)
@@ -192,13 +231,13 @@ impl Share {
     }
 
     /// Where the guest finds a container's root file system.
-    pub(crate) fn rootfs_in_guest(container: &str) -> String {
-        format!("{GUEST_ROOT}/passthrough/{container}/rootfs")
+    pub(crate) fn rootfs_in_guest(container: &str, mounts: &[Mount]) -> String {
+        in_guest(&rootfs_place(container, mounts))
     }
 
     /// Where the guest finds what a container binds.
     pub(crate) fn volume_in_guest(bind: &Bind) -> String {
-        format!("{GUEST_ROOT}/{}", binds::place(bind))
+        in_guest(&binds::place(bind))
     }
 
     /// Shares a file or folder of the host with a container.
@@ -207,14 +246,20 @@ impl Share {
         self.binds.add(&self.writable(), container, bind)
     }
 
-    /// Takes all of a container's mounts away, in the guest's view as well.
-    pub(crate) fn remove(&self, container: &str) -> Result<()> {
-        let folder = self.container(container);
-        let rootfs = folder.join("rootfs");
-        binds::unmount(&rootfs).internal(|| format!("unmount {}", rootfs.display()))?;
-        // Absent where the create failed before.
-        let _ = fs::remove_dir(folder);
-        self.binds.remove(&self.writable(), container)
+    /// Takes all of a container's mounts away, in the guest's view as well; answers their places.
+    pub(crate) fn remove(&self, container: &str) -> Result<Vec<String>> {
+        let tree = self.writable();
+        let mut places = Vec::new();
+        // It is in one of them, or in none where the create failed before.
+        for place in [own_rootfs(container), folder_rootfs(container)] {
+            let rootfs = tree.join(&place);
+            if binds::unmount(&rootfs).internal(|| format!("unmount {}", rootfs.display()))? {
+                places.push(place);
+            }
+        }
+        let _ = fs::remove_dir(tree.join("passthrough").join(container));
+        places.extend(self.binds.remove(&tree, container)?);
+        Ok(places)
     }
 
     /// Takes the tree away, with all that is still mounted in it.
@@ -231,10 +276,31 @@ impl Share {
     fn guest(&self) -> PathBuf {
         self.root.join("ro")
     }
+}
 
-    fn container(&self, container: &str) -> PathBuf {
-        self.writable().join("passthrough").join(container)
+impl Sandbox {
+    /// Takes away what was shared with a container that is gone.
+    pub(crate) async fn unshare(&self, container: &str) -> Result<Gone> {
+        let (share, container) = (self.share(), container.to_owned());
+        let places = spawn_blocking(move || share.remove(&container));
+        places.await.internal(|| "task".to_owned())?.map(Gone)
     }
+
+    /// Has the guest forget what was taken away. What it knows of it is open on the host: a mount
+    /// and the space of removed files stay.
+    pub(crate) async fn forget(&self, gone: Gone) {
+        if self.has_ended() {
+            return;
+        }
+        for place in gone.0 {
+            self.agent.look_at_gone(&in_guest(&place)).await;
+        }
+    }
+}
+
+/// Where the guest finds a place of the tree.
+fn in_guest(place: &str) -> String {
+    format!("{GUEST_ROOT}/{place}")
 }
 
 pub(super) fn make_folder(path: &Path) -> Result<()> {
@@ -243,4 +309,26 @@ pub(super) fn make_folder(path: &Path) -> Result<()> {
         .mode(0o755)
         .create(path)
         .internal(|| format!("create {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_snapshotters_mounts_are_the_guests_alone() {
+        let policy = |cache, mounts: &[Mount]| {
+            let place = rootfs_place("c1", mounts);
+            let below = |(folder, _): &(String, FsCache)| {
+                Path::new(&place).parent() == Some(Path::new(folder))
+            };
+            let own = cache_below(cache).into_iter().find(below);
+            own.map_or(cache, |(_, cache)| cache)
+        };
+        let mounts = [Mount::default()];
+        assert_eq!(policy(FsCache::Auto, &mounts), FsCache::Always);
+        assert_eq!(policy(FsCache::Auto, &[]), FsCache::Auto);
+        // What is configured holds: somebody looks for a fault, say.
+        assert_eq!(policy(FsCache::Never, &mounts), FsCache::Never);
+    }
 }

@@ -22,7 +22,6 @@ use vmm::control::{
 };
 
 pub(crate) use self::requests::DiskSettings;
-use super::binds::UNCACHED;
 use super::cgroup::Cgroups;
 use super::ended::{Ended, describe, died, last_lines};
 use super::share;
@@ -193,7 +192,7 @@ impl Vm {
                 directory: files.add(machine.share.as_fd()),
                 read_only: false,
                 cache: machine.cache,
-                uncached: Some(UNCACHED.to_owned()),
+                cache_below: share::cache_below(machine.cache),
             }],
             vsock: Some(Vsock {
                 cid: GUEST_CID,

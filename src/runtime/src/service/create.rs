@@ -218,7 +218,7 @@ impl Rootfs {
     /// Where the guest finds it.
     fn in_guest(&self) -> String {
         if self.disks.is_empty() {
-            Share::rootfs_in_guest(&self.container)
+            Share::rootfs_in_guest(&self.container, &self.mounts)
         } else {
             disk::rootfs_in_guest(&self.container)
         }
@@ -353,9 +353,9 @@ async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: 
     sandbox.release_cpus(id);
     sandbox.watcher().remove(id);
     sandbox.dismiss(id);
-    let (share, container) = (sandbox.share(), id.to_owned());
-    if let Err(error) = blocking(move || share.remove(&container)).await {
-        warn!(container = id, error = error.chain(), "not all unmounted");
+    match sandbox.unshare(id).await {
+        Ok(gone) => sandbox.forget(gone).await,
+        Err(error) => warn!(container = id, error = error.chain(), "not all unmounted"),
     }
 }
 

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Both sides are one binary; the number guards against a stale process after an upgrade.
-pub const PROTOCOL_VERSION: u32 = 9;
+pub const PROTOCOL_VERSION: u32 = 10;
 
 /// Position of a file among the descriptors that came with the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,8 +149,8 @@ pub struct Filesystem {
     pub read_only: bool,
     /// How long the guest may trust what it has seen.
     pub cache: FsCache,
-    /// A folder, as a path from the directory, below which `FsCache::Never` holds.
-    pub uncached: Option<String>,
+    /// Folders, as paths from the directory, below which something else holds.
+    pub cache_below: Vec<(String, FsCache)>,
 }
 
 /// How a guest caches a shared file system.

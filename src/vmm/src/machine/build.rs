@@ -202,6 +202,14 @@ fn load(
 /// A device and its name in logs and errors.
 pub(super) type Named = (String, Box<dyn VirtioDevice>);
 
+fn cache(policy: FsCache) -> Cache {
+    match policy {
+        FsCache::Never => Cache::Never,
+        FsCache::Auto => Cache::Auto,
+        FsCache::Always => Cache::Always,
+    }
+}
+
 /// The virtio devices in slot order.
 fn devices(
     config: &VmConfig,
@@ -219,12 +227,12 @@ fn devices(
             root: files.take(filesystem.directory)?,
             options: Options {
                 read_only: filesystem.read_only,
-                cache: match filesystem.cache {
-                    FsCache::Never => Cache::Never,
-                    FsCache::Auto => Cache::Auto,
-                    FsCache::Always => Cache::Always,
-                },
-                uncached: filesystem.uncached.as_ref().map(PathBuf::from),
+                cache: cache(filesystem.cache),
+                cache_below: filesystem
+                    .cache_below
+                    .iter()
+                    .map(|(folder, below)| (PathBuf::from(folder), cache(*below)))
+                    .collect(),
                 writeback: true,
                 max_open_files: quota,
                 ..Options::default()

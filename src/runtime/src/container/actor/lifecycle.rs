@@ -10,7 +10,6 @@ use protocols::agent::oci;
 use protocols::containerd::task_events::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart,
 };
-use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
 use super::{Actor, Report, SIGKILL, UNKNOWN_STATUS, answer};
@@ -324,10 +323,12 @@ impl Actor {
             if !owns_sandbox {
                 sandbox.dismiss(&id);
             }
-            let share = sandbox.share();
-            let result = match spawn_blocking(move || share.remove(&id)).await {
-                Ok(result) => result,
-                Err(error) => Err(ShimError::new(Kind::Internal, error.to_string())),
+            let result = match sandbox.unshare(&id).await {
+                Ok(gone) if !owns_sandbox => {
+                    sandbox.forget(gone).await;
+                    Ok(())
+                }
+                other => other.map(drop),
             };
             handle.tell(Command::Report(Report::Removed {
                 exit,
