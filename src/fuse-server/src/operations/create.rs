@@ -11,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::attributes::decoded_device;
-use super::file::{host_flags, kills_set_id};
+use super::file::host_flags;
 use super::lookup::RESOLVE;
 use crate::call::{Answer, Call};
 use crate::inode::Inode;
@@ -69,7 +69,7 @@ impl Server {
         let mode = Mode::from_raw_mode(request.mode & 0o7777);
         let permit = self.quota.take()?;
         // Always exclusive: what exists already may be a device or FIFO, and is opened only after
-        // its type is known (CVE-2020-35517).
+        // its type is known (CVE-2020-35517), and by who may.
         let made = call.credentials.as_caller(&caller, || {
             let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             openat2(&parent, name, flags.union(new), mode, RESOLVE)
@@ -81,17 +81,9 @@ impl Server {
                 let (entry, inode) = self.entry_of(call.session, &parent, path)?;
                 (entry, inode, file)
             }
-            Err(Errno::EXIST) if !exclusive => {
-                let (entry, inode) = self.entry(call.session, &parent, name)?;
-                let kill = kills_set_id(request.open_flags);
-                match self.open_inode(call.credentials, &inode, flags, kill) {
-                    Ok(file) => (entry, inode, file),
-                    Err(errno) => {
-                        self.inodes.forget(inode.id, 1);
-                        return Err(errno);
-                    }
-                }
-            }
+            // Somebody made it after the guest had looked. Whether the caller may open it, only the
+            // guest can tell: at this error Linux looks once more, and opens what it finds.
+            Err(Errno::EXIST) if !exclusive => return Err(Errno::STALE),
             Err(errno) => return Err(errno),
         };
         self.answer_opened(call, (&entry, &inode), (file, flags), permit)
