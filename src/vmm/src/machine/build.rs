@@ -220,7 +220,7 @@ fn devices(
     for block in &config.blocks {
         devices.push(block_device(block, files)?);
     }
-    let quota = open_file_quota(config.filesystems.len(), config.memory_mib);
+    let quota = open_file_quota(config.filesystems.len(), config.most_memory_mib);
     for filesystem in &config.filesystems {
         let device = Fs::new(FsConfig {
             tag: filesystem.tag.clone(),

@@ -136,8 +136,9 @@ impl Ejected for Slots {
         let Some(gone) = at.map(|at| plugged.swap_remove(at)) else {
             return;
         };
-        drop(plugged);
+        // Before the slot is free: whoever plugs next may get it.
         self.bus.remove(gone.slot);
+        drop(plugged);
         gone.function.reset();
         let name = gone.name.clone();
         // Its files close here, before anybody is told.
