@@ -54,6 +54,11 @@ pub(crate) struct Cgroup {
     folder: OwnedFd,
 }
 
+fn open(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).context(|| format!("open cgroup {path:?}"))
+}
+
 impl Cgroup {
     /// Makes the group that `linux` names for container `id`, with its limits and device rules.
     ///
@@ -84,22 +89,30 @@ impl Cgroup {
     }
 
     fn set_up(path: &Path, linux: &Linux) -> Result<Self> {
-        let folder = openat(
-            CWD,
-            path,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .context(|| format!("open cgroup {path:?}"))?;
         let cgroup = Self {
             path: path.to_owned(),
-            folder,
+            folder: open(path)?,
         };
         let none = LinuxResources::default();
         let resources = linux.Resources.as_ref().unwrap_or(&none);
         cgroup.update(resources)?;
         devices::restrict(&cgroup, &resources.Devices, &linux.Devices)?;
         Ok(cgroup)
+    }
+
+    /// The group below this one that process `pid` is in: one that makes groups of its own, as systemd
+    /// and nested containers do, has left this one, where no process may be then.
+    pub(crate) fn of_process(&self, pid: i32) -> Result<OwnedFd> {
+        let file = format!("/proc/{pid}/cgroup");
+        let text = fs::read_to_string(&file).context(|| format!("read {file}"))?;
+        let path = text.trim_end().strip_prefix("0::/").unwrap_or_default();
+        let path = Path::new(ROOT).join(path);
+        if !path.starts_with(&self.path) {
+            return Err(AgentError::precondition(
+                "the container's first process has left its cgroup",
+            ));
+        }
+        open(&path)
     }
 
     /// Applies limits; those that are not given stay.

@@ -106,8 +106,8 @@ fn memory_settings(memory: &LinuxMemory, has_swap: bool, settings: &mut Settings
         add(settings, "memory.max", &amount(memory.Limit));
     }
     match swap(memory)? {
-        // A kernel without swap keeps these two promises by itself.
-        Some(swap) if !has_swap && matches!(swap.as_str(), "0" | "max") => {}
+        // The most that may be used: a kernel without swap keeps that by itself.
+        Some(_) if !has_swap => {}
         Some(swap) => add(settings, "memory.swap.max", &swap),
         None => {}
     }
@@ -280,13 +280,17 @@ mod tests {
     use super::*;
 
     fn memory(limit: i64, swap: i64) -> Result<Settings> {
+        memory_on(true, limit, swap)
+    }
+
+    fn memory_on(has_swap: bool, limit: i64, swap: i64) -> Result<Settings> {
         let mut settings = Settings::new();
         let memory = LinuxMemory {
             Limit: limit,
             Swap: swap,
             ..LinuxMemory::default()
         };
-        memory_settings(&memory, true, &mut settings).map(|()| settings)
+        memory_settings(&memory, has_swap, &mut settings).map(|()| settings)
     }
 
     fn pair(file: &str, value: &str) -> (String, String) {
@@ -304,6 +308,10 @@ mod tests {
         );
         assert_eq!(memory(-1, 0).unwrap(), [pair("memory.max", "max")]);
         assert_eq!(memory(0, 0).unwrap(), []);
+        // What nerdctl and Docker send with each memory limit.
+        let limit = [pair("memory.max", "104857600")];
+        assert_eq!(memory_on(false, 100 << 20, 200 << 20).unwrap(), limit);
+        memory_on(false, 100 << 20, 50 << 20).unwrap_err();
         memory(100 << 20, 50 << 20).unwrap_err();
         memory(4096, 0).unwrap_err();
         memory(0, 50).unwrap_err();

@@ -35,9 +35,10 @@ pub(crate) async fn exec(sandbox: &Sandbox, request: ExecProcessRequest) -> Resu
     let place = Place::take(&container, &request.exec_id)?;
     let ports = [request.stdin_port, request.stdout_port, request.stderr_port];
     let connected = passfd::take(sandbox.arrivals.as_deref(), ports).await?;
+    let cgroup = container.cgroup.of_process(container.init.pid())?;
     let launched = sandbox
         .launcher
-        .exec(plan, container.cgroup.as_fd(), container.init.pidfd())
+        .exec(plan, cgroup.as_fd(), container.init.pidfd())
         .await?;
     let (process, gate) = Process::new(launched, sandbox.pipe_size, connected)?;
     gate.executed().await?;

@@ -158,7 +158,14 @@ fn make(entry: &MountPlan) -> Result<OwnedFd> {
     } else {
         &entry.source
     };
-    mount::filesystem(kind, source, &entry.options)
+    let mut options = entry.options.clone();
+    if kind == "cgroup2" {
+        // From the guest's own cgroup namespace a mount sets these for the whole guest, or clears them.
+        for flag in ["nsdelegate", "memory_recursiveprot"] {
+            options.parameters.push((flag.to_owned(), None));
+        }
+    }
+    mount::filesystem(kind, source, &options)
 }
 
 /// A link in place of /proc or /sys would carry the kernel's files past the masks that are laid

@@ -105,6 +105,26 @@ async fn limits_are_changed_while_it_runs() -> Result<()> {
     Ok(())
 }
 
+/// What docker:dind and systemd do: no process may be in the container's own group any more.
+#[tokio::test]
+async fn an_exec_goes_where_the_first_process_went() -> Result<()> {
+    let rig = Rig::new().await?;
+    let script = "cd /sys/fs/cgroup && mkdir init && echo 1 > init/cgroup.procs && \
+                  echo +pids > cgroup.subtree_control && echo moved && exec sleep 1000";
+    let mut spec = rig.spec("a", &["sh", "-c", script])?;
+    let mounts = spec.Mounts.iter_mut();
+    for mount in mounts.filter(|mount| mount.type_ == "cgroup") {
+        mount.options.retain(|option| option != "ro");
+    }
+    rig.create("a", spec).await?;
+    rig.start("a").await?;
+    assert_eq!(rig.read_once("a", "", false).await?, b"moved\n");
+    let look = process(&["cat", "/proc/self/cgroup"]);
+    rig.exec("a", "look", look).await?;
+    assert_eq!(rig.outcome("a", "look").await?.stdout, "0::/init\n");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_container_that_runs_out_of_memory_is_told_of() -> Result<()> {
     let rig = Rig::new().await?;
