@@ -180,6 +180,24 @@ fn the_host_has_back_what_a_removed_container_used() -> Outcome {
 }
 
 #[test]
+fn a_container_without_limits_has_those_of_a_node() -> Outcome {
+    pod_scenario(|node| {
+        let pod = Pod::run(node, "limits")?;
+        let container = pod.start_script("main", "exec sleep 1000")?;
+        // As where containerd runs without limits of its own.
+        for (line, limits) in [
+            ("Max open files", ["1048576", "1048576"]),
+            ("Max processes", ["unlimited", "unlimited"]),
+        ] {
+            let told = container.shell(&format!("grep '^{line}' /proc/self/limits"))?;
+            let words: Vec<_> = told.split_whitespace().collect();
+            ensure!(words.windows(2).any(|pair| pair == limits), "{told}");
+        }
+        pod.remove()
+    })
+}
+
+#[test]
 fn containers_of_a_pod_may_share_their_processes() -> Outcome {
     pod_scenario(|node| {
         let pod = Spec::new("together").with_shared_processes().run(node)?;

@@ -10,6 +10,7 @@ use std::fs;
 use std::os::fd::IntoRawFd;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tracing::warn;
 
 use crate::cmdline::Parameters;
@@ -40,10 +41,29 @@ pub(crate) fn begin() -> Result<Parameters> {
 /// When a file system that containers need can't be mounted.
 pub(crate) fn complete() -> Result<()> {
     mounts::all()?;
+    raise_limits();
     if let Err(error) = sys::net::loopback_up() {
         warn!(%error, "loopback interface");
     }
     Ok(())
+}
+
+/// Containers whose specification has no limits, as those of containerd's CRI plugin, inherit these.
+/// The kernel's own are 4096 open files, and processes for the memory at boot.
+fn raise_limits() {
+    for (resource, limit) in [
+        // What Linux itself allows unless it is told otherwise (fs.nr_open).
+        (Resource::Nofile, Some(1 << 20)),
+        (Resource::Nproc, None),
+    ] {
+        let both = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        if let Err(error) = setrlimit(resource, both) {
+            warn!(?resource, %error, "limit not raised");
+        }
+    }
 }
 
 /// The kernel opens `/dev/console` for init, but not when there is no console. Descriptors 0 to 2
