@@ -58,6 +58,13 @@ pub(crate) fn container(spec: &oci::Spec) -> Result<(ContainerPlan, Joins)> {
 }
 
 impl ContainerPlan {
+    /// Gives the container a new namespace of this kind, unless it joins one.
+    pub(crate) fn isolate(&mut self, kind: Namespace) {
+        if !self.new_namespaces.contains(&kind) && !self.joined_namespaces.contains(&kind) {
+            self.new_namespaces.push(kind);
+        }
+    }
+
     /// Makes the container join a namespace of this kind, the last of those to join, unless it
     /// joins one already.
     pub(crate) fn join(&mut self, kind: Namespace) -> bool {
@@ -98,6 +105,14 @@ impl ContainerPlan {
     }
 }
 
+/// AppArmor profiles that are nobody's choice.
+const DEFAULT_PROFILES: [&str; 4] = [
+    "",
+    "unconfined",
+    "cri-containerd.apparmor.d",
+    "docker-default",
+];
+
 /// Checks a process. An exec without capabilities or seccomp takes those of the container's own
 /// process, `init`.
 ///
@@ -111,7 +126,9 @@ pub(crate) fn process(process: &oci::Process, init: Option<&ProcessPlan>) -> Res
             "process.user.username: only numeric ids name a user on Linux",
         ));
     }
-    if !process.ApparmorProfile.is_empty() {
+    // What containerd and Docker put into each specification where the host has AppArmor, nobody has
+    // asked for; Kata's runtime passes it on. A profile of somebody's own is asked for.
+    if !DEFAULT_PROFILES.contains(&process.ApparmorProfile.as_str()) {
         return Err(AgentError::unsupported(
             "process.apparmorProfile: the guest kernel has no AppArmor",
         ));

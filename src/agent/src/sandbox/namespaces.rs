@@ -79,8 +79,14 @@ impl Sandbox {
                 descriptors.push(self.shared.ipc_or_uts(kind)?);
             }
         }
-        if pids == Pids::Shared && plan.join(Namespace::Pid) {
-            descriptors.push(self.shared_pids().await?);
+        match pids {
+            Pids::Shared if plan.join(Namespace::Pid) => {
+                descriptors.push(self.shared_pids().await?);
+            }
+            Pids::Shared => {}
+            // Runtimes leave it out of the specification, Kata's always: the agent's own pids are
+            // no container's.
+            Pids::Own | Pids::First => plan.isolate(Namespace::Pid),
         }
         Ok(descriptors)
     }

@@ -47,6 +47,19 @@ async fn a_pod_may_share_its_pids_without_a_pause_container() -> Result<()> {
     Ok(())
 }
 
+/// Kata's runtimes take the pid namespace out of each specification.
+#[tokio::test]
+async fn a_container_of_a_pod_never_sees_the_agents_pids() -> Result<()> {
+    let rig = Rig::new().await?;
+    let mut spec = rig.spec("a", &["sleep", "1000"])?;
+    let linux = spec.Linux.as_mut().unwrap();
+    linux.Namespaces.retain(|namespace| namespace.Type != "pid");
+    rig.create("a", spec).await?;
+    rig.start("a").await?;
+    assert_eq!(pids(&rig, "a").await?.1, "sleep");
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_agents_own_first_process_reaps_and_has_no_rights() -> Result<()> {
     let rig = Rig::new().await?;

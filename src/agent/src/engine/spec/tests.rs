@@ -99,6 +99,19 @@ fn every_unsupported_field_is_refused_by_its_name() {
 }
 
 #[test]
+fn an_apparmor_profile_that_nobody_chose_is_none() {
+    let mut process = oci::Process {
+        Args: vec!["true".to_owned()],
+        Cwd: "/".to_owned(),
+        ApparmorProfile: "cri-containerd.apparmor.d".to_owned(),
+        ..oci::Process::default()
+    };
+    super::process(&process, None).unwrap();
+    process.ApparmorProfile = "mine".to_owned();
+    super::process(&process, None).unwrap_err();
+}
+
+#[test]
 fn contradictions_are_refused_by_name() {
     type Change = fn(&mut oci::Spec);
     let cases: [(&str, Change); 12] = [
