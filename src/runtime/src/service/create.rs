@@ -12,6 +12,7 @@ use std::mem;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
+use std::time::Duration;
 
 use protobuf::MessageField;
 use protocols::agent::agent::CreateContainerRequest;
@@ -396,12 +397,17 @@ fn amend(
     spec::amend(spec, &place)
 }
 
+/// Between two out-of-memory events of a guest.
+const OOM_PAUSE: Duration = Duration::from_millis(100);
+
 /// Hands the guest's out-of-memory events to their containers, as long as there is a guest.
 async fn report_out_of_memory(shim: Arc<Shim>, sandbox: Arc<Sandbox>) {
     while let Ok(container) = sandbox.agent().out_of_memory().await {
         if let Ok(handle) = shim.registry.find(&container) {
             handle.tell(Command::OutOfMemory);
         }
+        // A guest may tell of as many as it likes; containerd hears of each.
+        tokio::time::sleep(OOM_PAUSE).await;
     }
 }
 
