@@ -4,6 +4,10 @@
 //! Output ends when its last writer is gone. A child that outlives the process may hold the pipe
 //! open for ever, so after the process's exit only a bounded time is waited; what is in the pipe
 //! by then is still delivered, whole.
+//!
+//! A terminal that no process has open is hung up, but only for as long as that lasts: a process
+//! may close its streams and write to `/dev/console` later. So its slave side is kept open here
+//! until the process's exit, and the hang-up is seen when it means the end.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,10 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::io::{Errno, ioctl_fionread};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::select;
 use tokio::sync::{Mutex, Notify};
+use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
 
 use crate::engine::Streams;
@@ -59,9 +65,16 @@ struct State {
     ended: bool,
     /// Once the drain time is over: how much was still in the pipe.
     left: Option<usize>,
+    /// Of a terminal, until the process has ended. Nobody reads from it.
+    slave: Option<OwnedFd>,
 }
 
 impl Stdio {
+    /// Takes over the agent's ends of the streams.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
     pub(crate) fn new(streams: Streams) -> Result<Self> {
         let watched = |fd, interest| {
             watch(fd, interest)
@@ -75,16 +88,20 @@ impl Stdio {
                 stderr,
             } => Self {
                 stdin: Mutex::new(Some(watched(stdin, Interest::WRITABLE)?)),
-                stdout: Reader::new(watched(stdout, Interest::READABLE)?),
-                stderr: Some(Reader::new(watched(stderr, Interest::READABLE)?)),
+                stdout: Reader::new(watched(stdout, Interest::READABLE)?, None),
+                stderr: Some(Reader::new(watched(stderr, Interest::READABLE)?, None)),
                 terminal: None,
                 reads: AtomicU64::new(0),
             },
             Streams::Terminal(master) => {
+                // Before the master is watched: a hang-up once noticed is never taken back.
+                let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+                let slave = ioctl_tiocgptpeer(&master, flags)
+                    .context(|| "keep the terminal's other side open")?;
                 let master = watched(master, Interest::READABLE | Interest::WRITABLE)?;
                 Self {
                     stdin: Mutex::new(Some(Arc::clone(&master))),
-                    stdout: Reader::new(Arc::clone(&master)),
+                    stdout: Reader::new(Arc::clone(&master), Some(slave)),
                     stderr: None,
                     terminal: Some(master),
                     reads: AtomicU64::new(0),
@@ -133,7 +150,8 @@ impl Stdio {
                 }
                 Ok(Err(error)) if is(&error, Errno::INTR) => {}
                 Ok(Err(error)) => return Err(AgentError::io("write to standard input", error)),
-                Err(_would_block) => {}
+                // With a hang-up on record the descriptor always counts as ready.
+                Err(_would_block) => yield_now().await,
             }
         }
         Ok(())
@@ -181,10 +199,13 @@ impl Stdio {
 }
 
 impl Reader {
-    fn new(fd: Arc<AsyncFd<OwnedFd>>) -> Self {
+    fn new(fd: Arc<AsyncFd<OwnedFd>>, slave: Option<OwnedFd>) -> Self {
         Self {
             fd,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                slave,
+                ..State::default()
+            }),
             end: Notify::new(),
         }
     }
@@ -212,10 +233,15 @@ impl Reader {
                     let mut ready = ready.context(|| "wait for output")?;
                     match self.take(length)? {
                         Some(data) => return Ok(data),
-                        None => ready.clear_ready(),
+                        None => {
+                            ready.clear_ready();
+                            // With a hang-up on record this does not clear it.
+                            yield_now().await;
+                        }
                     }
                 }
-                () = drain_time_over(exit) => {
+                _ = ended(exit), if state.slave.is_some() => state.slave = None,
+                () = drain_time_over(exit), if state.slave.is_none() => {
                     let left = ioctl_fionread(self.fd.get_ref()).unwrap_or(0);
                     state.left = Some(usize::try_from(left).unwrap_or(usize::MAX));
                 }
@@ -235,7 +261,7 @@ impl Reader {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(None),
-                // The last process has closed the terminal.
+                // The process has ended, and the last one has closed the terminal.
                 Err(Errno::IO) => return Ok(Some(Vec::new())),
                 Err(error) => return Err(AgentError::io("read output", error)),
             }
@@ -274,6 +300,7 @@ mod tests {
 
     use rustix::fs::{OFlags, fcntl_setfl};
     use rustix::pipe::{PipeFlags, pipe_with};
+    use rustix::pty::{openpt, unlockpt};
     use tokio::sync::watch;
     use tokio::time::Instant;
 
@@ -311,8 +338,53 @@ mod tests {
         }
     }
 
-    fn exited(rig: &Rig) {
-        rig.end.send_replace(Some(End {
+    /// A terminal, and the side of it that the process has.
+    struct TerminalRig {
+        stdio: Stdio,
+        slave: OwnedFd,
+        exit: Exit,
+        end: watch::Sender<Option<End>>,
+    }
+
+    impl TerminalRig {
+        fn new() -> Self {
+            let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+            let master = openpt(flags).unwrap();
+            unlockpt(&master).unwrap();
+            fcntl_setfl(&master, OFlags::NONBLOCK | OFlags::RDWR).unwrap();
+            // A process may have closed its side before the agent knows of the terminal.
+            drop(slave_of(&master));
+            let stdio = Stdio::new(Streams::Terminal(master)).unwrap();
+            let slave = slave_of(stdio.terminal().unwrap());
+            let (end, exit) = watch::channel(None);
+            Self {
+                stdio,
+                slave,
+                exit,
+                end,
+            }
+        }
+
+        async fn read(&self) -> Vec<u8> {
+            let read = self.stdio.read(Output::Stdout, 100, &self.exit);
+            timeout(DRAIN.saturating_mul(10), read)
+                .await
+                .unwrap()
+                .unwrap()
+        }
+    }
+
+    fn null() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    fn slave_of(master: &OwnedFd) -> OwnedFd {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        ioctl_tiocgptpeer(master, flags).unwrap()
+    }
+
+    fn exited(end: &watch::Sender<Option<End>>) {
+        end.send_replace(Some(End {
             code: 0,
             at: Instant::now(),
         }));
@@ -322,7 +394,7 @@ mod tests {
     async fn a_child_that_keeps_the_pipe_open_holds_nobody_up() {
         let mut rig = rig();
         rig.stdout.write_all(b"last words").unwrap();
-        exited(&rig);
+        exited(&rig.end);
         let read = |length| rig.stdio.read(Output::Stdout, length, &rig.exit);
         assert_eq!(read(5).await.unwrap(), b"last ");
         assert_eq!(read(100).await.unwrap(), b"words");
@@ -334,7 +406,7 @@ mod tests {
     #[tokio::test]
     async fn a_child_that_goes_on_writing_holds_nobody_up() {
         let mut rig = rig();
-        exited(&rig);
+        exited(&rig.end);
         tokio::time::sleep(DRAIN).await;
         rig.stdout.write_all(b"kept").unwrap();
         // Enough to notice that the time is over; the writer never stops.
@@ -366,7 +438,7 @@ mod tests {
         let write = rig.stdio.write(&data, &rig.exit);
         let end = async {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            exited(&rig);
+            exited(&rig.end);
         };
         let (written, ()) = tokio::join!(write, end);
         assert_eq!(written.unwrap_err().kind(), Kind::FailedPrecondition);
@@ -386,5 +458,71 @@ mod tests {
         )
         .await
         .unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_terminal_that_nobody_has_open_is_not_at_its_end() {
+        let mut rig = TerminalRig::new();
+        let closed = std::mem::replace(&mut rig.slave, null());
+        rustix::io::write(&closed, b"first").unwrap();
+        drop(closed);
+        assert_eq!(rig.read().await, b"first");
+        timeout(DRAIN, rig.read()).await.unwrap_err();
+        rig.stdio.write(b"typed\n", &rig.exit).await.unwrap();
+        let mut echo = Vec::new();
+        while !echo.ends_with(b"\n") {
+            echo.extend(rig.read().await);
+        }
+        assert_eq!(echo, b"typed\r\n");
+        rig.slave = slave_of(rig.stdio.terminal().unwrap());
+        rustix::io::write(&rig.slave, b"again").unwrap();
+        assert_eq!(rig.read().await, b"again");
+    }
+
+    #[tokio::test]
+    async fn a_terminal_ends_with_its_process() {
+        let mut rig = TerminalRig::new();
+        rustix::io::write(&rig.slave, b"last words").unwrap();
+        rig.slave = null();
+        let end = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let start = Instant::now();
+            exited(&rig.end);
+            start
+        };
+        let (data, start) = tokio::join!(
+            async {
+                assert_eq!(rig.read().await, b"last words");
+                rig.read().await
+            },
+            end
+        );
+        assert_eq!(data, b"");
+        assert!(start.elapsed() < DRAIN);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_keeps_the_terminal_open_holds_nobody_up() {
+        let rig = TerminalRig::new();
+        exited(&rig.end);
+        let start = Instant::now();
+        assert_eq!(rig.read().await, b"");
+        assert!(start.elapsed() < DRAIN * 2);
+    }
+
+    #[tokio::test]
+    async fn a_hang_up_on_record_does_not_stop_the_event_loop() {
+        let mut rig = TerminalRig::new();
+        rig.stdio.stdout.state.lock().await.slave = None;
+        rig.slave = null();
+        let hung_up = rig.stdio.stdout.fd.readable().await.unwrap();
+        drop(hung_up);
+        rig.slave = slave_of(rig.stdio.terminal().unwrap());
+        let write = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            rustix::io::write(&rig.slave, b"here").unwrap();
+        };
+        let (data, ()) = tokio::join!(rig.read(), write);
+        assert_eq!(data, b"here");
     }
 }

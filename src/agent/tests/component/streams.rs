@@ -129,6 +129,34 @@ async fn an_exec_may_have_a_terminal_too() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_terminal_that_is_closed_for_a_while_goes_on() -> Result<()> {
+    let rig = Rig::new().await?;
+    let script = |console: &str| {
+        format!(
+            "exec </dev/null >/dev/null 2>&1; sleep 1; echo hello >{console}; sleep 1; \
+             echo again >{console}"
+        )
+    };
+    let console = script("/dev/console");
+    let mut spec = rig.spec("a", &["sh", "-c", &format!("{console}; sleep 100")])?;
+    spec.Process.as_mut().unwrap().Terminal = true;
+    rig.create("a", spec).await?;
+    rig.start("a").await?;
+    let mut text = Vec::new();
+    while text != b"hello\r\nagain\r\n" {
+        let data = rig.read_once("a", "", false).await?;
+        assert!(!data.is_empty(), "{text:?}");
+        text.extend(data);
+    }
+    let mut process = process(&["sh", "-c", &script("/dev/tty")]);
+    process.Terminal = true;
+    rig.exec("a", "e", process).await?;
+    let outcome = rig.outcome("a", "e").await?;
+    assert_eq!(outcome.stdout, "hello\r\nagain\r\n");
+    Ok(())
+}
+
+#[tokio::test]
 async fn signals_reach_whom_they_are_meant_for() -> Result<()> {
     let rig = Rig::new().await?;
     let script = "trap 'echo term; exit 5' TERM; echo ready; while :; do sleep 0.05; done";
