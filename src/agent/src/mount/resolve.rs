@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Paths inside a root, by `openat2(2)`: links of the image stay in the image.
 
-use std::ffi::OsStr;
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, readlinkat};
 use rustix::io::Errno;
 
 /// What a mount needs as its target.
@@ -16,6 +18,9 @@ pub(crate) enum Target {
     /// Anything else: a file, socket or device is bound over an empty file.
     File,
 }
+
+/// Links to nothing on the way to one target: as many as the kernel follows.
+const MOST_LINKS: usize = 40;
 
 const IN_ROOT: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
 
@@ -46,11 +51,13 @@ pub(crate) fn is_linked(root: BorrowedFd<'_>, path: &Path) -> Result<bool, Errno
     }
 }
 
-/// Opens `path` as seen from `root`, and makes what is missing of it.
+/// Opens `path` as seen from `root`, and makes what is missing of it. Images have links whose
+/// targets come with the container, such as that of `/etc/resolv.conf` to a folder in `/run`: what
+/// such a link points to is made, inside the root.
 ///
 /// # Errors
 ///
-/// The kernel's; ENOENT or EEXIST when a dangling link is in the way.
+/// The kernel's; ELOOP when links lead nowhere.
 pub(crate) fn create_in_root(
     root: BorrowedFd<'_>,
     path: &Path,
@@ -101,29 +108,60 @@ fn create(
         Err(Errno::NOENT) => {}
         other => return other,
     }
-    let names: Vec<&OsStr> = path
-        .components()
-        .filter_map(|component| match component {
-            Component::Normal(_) | Component::ParentDir => Some(component.as_os_str()),
-            _ => None,
-        })
-        .collect();
+    let mut rest = names(path);
     let mut parent = open(root, Path::new("."), OFlags::DIRECTORY, resolve)?;
+    // Always looked up from the root, so that nothing in it, ".." neither, leads out.
     let mut prefix = PathBuf::new();
-    for (index, name) in names.iter().enumerate() {
-        prefix.push(name);
-        let last = index.saturating_add(1) == names.len();
-        let found = match open(root, &prefix, OFlags::empty(), resolve) {
+    let mut links = 0_usize;
+    while let Some(name) = rest.pop_front() {
+        let next = prefix.join(&name);
+        let found = match open(root, &next, OFlags::empty(), resolve) {
             Err(Errno::NOENT) => {
+                if let Some(link) = link_at(&parent, &name)? {
+                    links = links.saturating_add(1);
+                    if links > MOST_LINKS || resolve.contains(ResolveFlags::NO_SYMLINKS) {
+                        return Err(Errno::LOOP);
+                    }
+                    if link.is_absolute() {
+                        prefix = PathBuf::new();
+                        parent = open(root, Path::new("."), OFlags::DIRECTORY, resolve)?;
+                    }
+                    let mut spliced = names(&link);
+                    spliced.append(&mut rest);
+                    rest = spliced;
+                    continue;
+                }
+                let kind = match rest.is_empty() {
+                    true => target,
+                    false => Target::Directory,
+                };
                 // The parent was resolved inside the root and a single name follows nothing.
-                make(&parent, name, if last { target } else { Target::Directory })?;
-                open(root, &prefix, OFlags::empty(), resolve)?
+                make(&parent, &name, kind)?;
+                open(root, &next, OFlags::empty(), resolve)?
             }
             other => other?,
         };
         parent = found;
+        prefix = next;
     }
     Ok(parent)
+}
+
+/// The names of a path that are to be looked up one after the other.
+fn names(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir))
+        .map(|part| part.as_os_str().to_owned())
+        .collect()
+}
+
+/// What the link `name` points to; `None` when there is no such link.
+fn link_at(parent: &OwnedFd, name: &OsStr) -> Result<Option<PathBuf>, Errno> {
+    match readlinkat(parent, name, Vec::new()) {
+        Ok(link) => Ok(Some(OsString::from_vec(link.into_bytes()).into())),
+        Err(Errno::NOENT | Errno::INVAL) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn make(parent: &OwnedFd, name: &OsStr, target: Target) -> Result<(), Errno> {
@@ -147,7 +185,9 @@ fn make(parent: &OwnedFd, name: &OsStr, target: Target) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt as _, symlink};
+
+    use rustix::fs::fstat;
 
     use super::*;
 
@@ -176,11 +216,82 @@ mod tests {
     }
 
     #[test]
-    fn a_dangling_link_is_not_followed() {
+    fn what_a_dangling_link_points_to_is_made() {
         let (folder, fd) = root();
-        symlink("/nowhere", folder.path().join("link")).unwrap();
-        create_in_root(fd.as_fd(), Path::new("/link/x"), Target::Directory).unwrap_err();
-        assert!(!folder.path().join("nowhere").exists());
+        let inside = |path: &str| folder.path().join(path);
+        fs::create_dir(inside("etc")).unwrap();
+        symlink(
+            "../run/systemd/resolve/stub-resolv.conf",
+            inside("etc/resolv.conf"),
+        )
+        .unwrap();
+        symlink("/tmp/hosts", inside("etc/hosts")).unwrap();
+        symlink("hosts", inside("etc/chain")).unwrap();
+        symlink("/var/data", inside("link")).unwrap();
+        for (path, target, made) in [
+            (
+                "/etc/resolv.conf",
+                Target::File,
+                "run/systemd/resolve/stub-resolv.conf",
+            ),
+            ("/etc/chain", Target::File, "tmp/hosts"),
+            ("/link/x", Target::Directory, "var/data/x"),
+        ] {
+            let opened = create_in_root(fd.as_fd(), Path::new(path), target).unwrap();
+            let made = fs::symlink_metadata(inside(made)).unwrap();
+            assert_eq!(made.is_dir(), target == Target::Directory, "{path}");
+            assert_eq!(made.ino(), fstat(&opened).unwrap().st_ino, "{path}");
+        }
+    }
+
+    #[test]
+    fn dangling_links_do_not_lead_out() {
+        let outside = tempfile::tempdir().unwrap();
+        let path = outside.path().join("root");
+        fs::create_dir_all(path.join("a/b")).unwrap();
+        let fd = openat(CWD, &path, OFlags::PATH, Mode::empty()).unwrap();
+        let escaped = outside.path().join("escaped");
+        let absolute = escaped.strip_prefix("/").unwrap();
+        for (link, made) in [
+            (Path::new("../../../../x"), Path::new("x")),
+            (Path::new("../../../escaped"), Path::new("escaped")),
+            (Path::new("/../../../y"), Path::new("y")),
+            (Path::new("/new/../../../z"), Path::new("z")),
+            (&escaped, absolute),
+        ] {
+            symlink(link, path.join("a/b/link")).unwrap();
+            create_in_root(fd.as_fd(), Path::new("/a/b/link"), Target::File).unwrap();
+            assert!(path.join(made).is_file(), "{link:?}");
+            fs::remove_file(path.join("a/b/link")).unwrap();
+        }
+        let left: Vec<_> = fs::read_dir(outside.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["root"]);
+    }
+
+    #[test]
+    fn links_without_an_end_are_refused() {
+        let (folder, fd) = root();
+        let refused = |path: &str| {
+            let made = create_in_root(fd.as_fd(), Path::new(path), Target::File);
+            assert_eq!(made.unwrap_err(), Errno::LOOP, "{path}");
+        };
+        symlink("two", folder.path().join("one")).unwrap();
+        symlink("one", folder.path().join("two")).unwrap();
+        refused("/one");
+        refused("/one/x");
+        // A loop that the kernel sees once the first folder is there.
+        symlink("missing/../late", folder.path().join("late")).unwrap();
+        refused("/late");
+        // More links than the kernel follows, although they have an end.
+        for index in 0..=MOST_LINKS {
+            let next = format!("missing{index}/../l{}", index.saturating_add(1));
+            symlink(next, folder.path().join(format!("l{index}"))).unwrap();
+        }
+        refused("/l0");
+        assert!(create_in_root(fd.as_fd(), Path::new("/l5"), Target::File).is_ok());
     }
 
     #[test]
