@@ -31,6 +31,7 @@ mod rpc;
 mod sandbox;
 mod storage;
 mod sys;
+mod task;
 mod tool;
 
 use std::env;

@@ -134,7 +134,7 @@ async fn build(
         stage: Mutex::new(Stage::Created(gate)),
         held: Mutex::default(),
         termination_log: super::diagnostics::termination_log_of(&request.OCI),
-        change: tokio::sync::Mutex::default(),
+        change: Arc::default(),
         watches,
     })
 }

@@ -57,8 +57,8 @@ pub(crate) struct Container {
     held: Mutex<Option<Held>>,
     /// Where in the guest its last words to Kubernetes are.
     termination_log: Option<PathBuf>,
-    /// Held across a change of the container.
-    change: tokio::sync::Mutex<()>,
+    /// Held across a change of the container, also by work on another thread.
+    change: Arc<tokio::sync::Mutex<()>>,
     watches: Vec<JoinHandle<()>>,
 }
 

@@ -18,6 +18,7 @@ use crate::error::{AgentError, Kind, Result};
 use crate::passfd;
 use crate::reaper::{ExitCode, ended};
 use crate::sandbox::Sandbox;
+use crate::task::blocking;
 
 /// ExecProcess.
 ///
@@ -149,8 +150,13 @@ pub(crate) async fn wait(sandbox: &Sandbox, request: &WaitProcessRequest) -> Res
 /// A limit that can't be applied.
 pub(crate) async fn update(sandbox: &Sandbox, request: UpdateContainerRequest) -> Result<()> {
     let container = sandbox.container(&request.container_id)?;
-    let _change = container.change.lock().await;
-    container.cgroup.update(request.resources.get_or_default())
+    let change = Arc::clone(&container.change).lock_owned().await;
+    // Below what is in use, a new memory limit has the writer wait until enough is reclaimed.
+    blocking(move || {
+        let _change = change;
+        container.cgroup.update(request.resources.get_or_default())
+    })
+    .await
 }
 
 /// PauseContainer and ResumeContainer.

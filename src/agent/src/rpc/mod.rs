@@ -16,7 +16,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use protocols::agent::{agent_ttrpc, health_ttrpc};
-use tokio::task::spawn_blocking;
 use ttrpc::asynchronous::Server;
 
 pub(crate) use readiness::Announcement;
@@ -78,16 +77,6 @@ impl Listener {
             .await
             .map_err(|error| AgentError::internal(format!("server: {error}")))?;
         Ok(server)
-    }
-}
-
-/// Runs work that may wait for a file system on a thread of its own.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    match spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(AgentError::internal(format!("task: {error}"))),
     }
 }
 

@@ -28,12 +28,13 @@ use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::types::Interface;
 use ttrpc::asynchronous::TtrpcContext;
 
-use super::{blocking, files, guest, iptables, metrics, volumes};
+use super::{files, guest, iptables, metrics, volumes};
 use crate::container::{self, Output};
 use crate::error::{AgentError, Result};
 use crate::network;
 use crate::sandbox::Sandbox;
 use crate::storage;
+use crate::task::blocking;
 
 /// The service of one sandbox.
 #[derive(Debug)]

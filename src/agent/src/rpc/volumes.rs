@@ -10,10 +10,10 @@ use protocols::agent::csi::{VolumeStatsResponse, VolumeUsage, volume_usage};
 use rustix::fs::{CWD, Mode, OFlags, fstat, fstatfs, fstatvfs, major, minor, openat};
 use rustix::io::Errno;
 
-use super::blocking;
 use crate::error::{AgentError, Context as _, Kind, Result};
 use crate::kernel_events::KernelEvents;
 use crate::sys::grow;
+use crate::task::blocking;
 
 /// `statfs(2)`: what the kernel can make larger.
 const EXT4: i64 = 0xef53;

@@ -17,6 +17,7 @@ use super::driver::{Mounted, give_group, has, target};
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 use crate::reaper::Reaper;
+use crate::task::blocking;
 use crate::tool;
 
 /// Driver option: a disk on which nothing is yet gets a file system.
@@ -48,7 +49,7 @@ pub(super) async fn format(storage: &Storage, reaper: &Reaper) -> Result<()> {
         return Ok(());
     }
     let source = PathBuf::from(&storage.source);
-    if !super::blocking(move || is_blank(&source)).await? {
+    if !blocking(move || is_blank(&source)).await? {
         return Ok(());
     }
     let options: &[&str] = match storage.fstype.as_str() {

@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use protocols::agent::agent::Storage;
-use tokio::task::spawn_blocking;
 use tracing::warn;
 
 use driver::Mounted;
@@ -27,6 +26,7 @@ pub(crate) use stale::remove as remove_stale;
 use crate::disk::{Disk, Transport};
 use crate::error::{AgentError, Kind, Result};
 use crate::reaper::Reaper;
+use crate::task::blocking;
 
 /// All storages of the sandbox.
 #[derive(Debug)]
@@ -263,14 +263,4 @@ pub(crate) fn fuzz_request(storages: Vec<Storage>) {
             .iter()
             .all(|wanted| wanted.is_shared() && wanted.mount_point().is_empty())
     });
-}
-
-/// Runs mount work, which may wait for a device, away from the event loop.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    match spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(AgentError::internal(format!("storage task: {error}"))),
-    }
 }
