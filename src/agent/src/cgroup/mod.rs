@@ -9,6 +9,7 @@ mod stats;
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use protocols::agent::oci;
 use protocols::agent::oci::{Linux, LinuxResources};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use tokio::time::{sleep, timeout};
+use tracing::warn;
 
 pub(crate) use events::OutOfMemory;
 
@@ -144,7 +146,7 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
-    /// Stops all processes, or lets them run again.
+    /// Stops all processes, or lets them run again. Those that could not all be stopped run on.
     ///
     /// # Errors
     ///
@@ -152,10 +154,14 @@ impl Cgroup {
     pub(crate) async fn freeze(&self, frozen: bool) -> Result<()> {
         let value = if frozen { "1" } else { "0" };
         self.write("cgroup.freeze", value)?;
+        // Armed before the wait: the caller's patience may end it.
+        let thaw = Thaw(self);
         let settled = events::wait(self, "frozen", value);
         timeout(SETTLED, settled)
             .await
-            .map_err(|_| AgentError::internal("the container's processes can't be frozen"))?
+            .map_err(|_| AgentError::internal("the container's processes can't be frozen"))??;
+        mem::forget(thaw);
+        Ok(())
     }
 
     /// Whether processes are stopped by [`Cgroup::freeze`].
@@ -207,6 +213,18 @@ impl Cgroup {
 
     fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+}
+
+/// Dropped, it takes a freeze back: half a freeze would leave a container that stands still, and
+/// that nobody knows as paused.
+struct Thaw<'a>(&'a Cgroup);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.write("cgroup.freeze", "0") {
+            warn!(error = error.line(), "processes may stay frozen");
+        }
     }
 }
 
@@ -290,6 +308,19 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_freeze_that_fails_is_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        // A file that can't be watched: the wait fails after the freeze was asked for.
+        fs::write(folder.path().join("cgroup.events"), "frozen 0\n").unwrap();
+        let cgroup = Cgroup {
+            path: folder.path().to_owned(),
+            folder: fs::File::open(folder.path()).unwrap().into(),
+        };
+        cgroup.freeze(true).await.unwrap_err();
+        assert_eq!(cgroup.read("cgroup.freeze").unwrap(), "0");
+    }
 
     #[test]
     fn paths_stay_below_the_root() {
