@@ -33,6 +33,8 @@ use crate::sys::watch::watch;
 const DRAIN: Duration = Duration::from_millis(500);
 /// The most that one read returns: what a pipe holds.
 const LONGEST_READ: usize = 64 << 10;
+/// More than a terminal's buffers hold on the way to the one whose length the kernel tells.
+const ON_THE_WAY: usize = 16 << 10;
 
 /// Which output.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -56,6 +58,8 @@ pub(crate) struct Stdio {
 #[derive(Debug)]
 struct Reader {
     fd: Arc<AsyncFd<OwnedFd>>,
+    /// How much it may hold beyond the length that the kernel tells.
+    on_the_way: usize,
     state: Mutex<State>,
     end: Notify,
 }
@@ -63,7 +67,7 @@ struct Reader {
 #[derive(Debug, Default)]
 struct State {
     ended: bool,
-    /// Once the drain time is over: how much was still in the pipe.
+    /// Once the drain time is over: how much may still be in the pipe or the terminal.
     left: Option<usize>,
     /// Of a terminal, until the process has ended. Nobody reads from it.
     slave: Option<OwnedFd>,
@@ -202,6 +206,7 @@ impl Reader {
     fn new(fd: Arc<AsyncFd<OwnedFd>>, slave: Option<OwnedFd>) -> Self {
         Self {
             fd,
+            on_the_way: if slave.is_some() { ON_THE_WAY } else { 0 },
             state: Mutex::new(State {
                 slave,
                 ..State::default()
@@ -243,7 +248,8 @@ impl Reader {
                 _ = ended(exit), if state.slave.is_some() => state.slave = None,
                 () = drain_time_over(exit), if state.slave.is_none() => {
                     let left = ioctl_fionread(self.fd.get_ref()).unwrap_or(0);
-                    state.left = Some(usize::try_from(left).unwrap_or(usize::MAX));
+                    let left = usize::try_from(left).unwrap_or(usize::MAX);
+                    state.left = Some(left.saturating_add(self.on_the_way));
                 }
             }
         }
@@ -508,6 +514,26 @@ mod tests {
         let start = Instant::now();
         assert_eq!(rig.read().await, b"");
         assert!(start.elapsed() < DRAIN * 2);
+    }
+
+    #[tokio::test]
+    async fn what_a_terminal_holds_is_delivered_however_late() {
+        let mut rig = TerminalRig::new();
+        // More than is in the buffer whose length the kernel tells.
+        let data = vec![b'x'; 8000];
+        assert_eq!(rustix::io::write(&rig.slave, &data), Ok(data.len()));
+        rig.slave = null();
+        exited(&rig.end);
+        tokio::time::sleep(DRAIN).await;
+        let mut read = Vec::new();
+        loop {
+            let piece = rig.read().await;
+            if piece.is_empty() {
+                break;
+            }
+            read.extend(piece);
+        }
+        assert_eq!(read.len(), data.len());
     }
 
     #[tokio::test]
