@@ -29,6 +29,7 @@ use ttrpc::Code;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, TtrpcContext};
 
+use super::actor::kill::KILL_PATIENCE;
 use super::*;
 use crate::agent::Agent;
 use crate::events::{Published, Publisher};
@@ -45,8 +46,25 @@ struct Guest {
     start_blocked: watch::Sender<bool>,
     start_fails: watch::Sender<bool>,
     killed: Notify,
+    /// What comes of SIGKILL.
+    obeys: Mutex<Obeys>,
     /// What a process says on its standard output.
     output: Mutex<Vec<u8>>,
+}
+
+/// What a guest makes of SIGKILL.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Obeys {
+    #[default]
+    Yes,
+    /// It says that it does.
+    Never,
+    /// It says that the process is gone.
+    Denies,
+    /// It doesn't answer.
+    Hangs,
+    /// It answers with an error.
+    Refuses,
 }
 
 impl Guest {
@@ -115,11 +133,22 @@ impl AgentService for Guest {
         _: &TtrpcContext,
         request: SignalProcessRequest,
     ) -> ttrpc::Result<Empty> {
-        if request.signal == 9 {
-            self.process(&request.exec_id).send_replace(Some(137));
-            self.killed.notify_one();
+        if request.signal != 9 {
+            return Ok(Empty::new());
         }
-        Ok(Empty::new())
+        let refusal = |code| Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no")));
+        let obeys = *self.obeys.lock().unwrap();
+        match obeys {
+            Obeys::Yes => {
+                self.process(&request.exec_id).send_replace(Some(137));
+                self.killed.notify_one();
+                Ok(Empty::new())
+            }
+            Obeys::Never => Ok(Empty::new()),
+            Obeys::Denies => refusal(Code::NOT_FOUND),
+            Obeys::Refuses => refusal(Code::INTERNAL),
+            Obeys::Hangs => std::future::pending().await,
+        }
     }
 
     async fn pause_container(
@@ -189,6 +218,10 @@ impl Fixture {
     }
 
     async fn with(spawn: impl FnOnce(Parts) -> Handle) -> Self {
+        Self::with_stdio(spawn, Stdio::default()).await
+    }
+
+    async fn with_stdio(spawn: impl FnOnce(Parts) -> Handle, stdio: Stdio) -> Self {
         let guest = Arc::new(Guest::default());
         let (ours, theirs) = StdStream::pair().unwrap();
         let line = theirs.try_clone().unwrap();
@@ -207,7 +240,6 @@ impl Fixture {
         let agent = Agent::new(connect(ours), Duration::from_secs(5), machine);
         let (events, published) = Publisher::to_test();
         let registry = Arc::new(Registry::default());
-        let stdio = Stdio::default();
         let sandbox = Arc::new(Sandbox::for_test(agent));
         let container = spawn(Parts {
             id: "c".to_owned(),
@@ -506,4 +538,76 @@ async fn an_end_is_told_once_its_output_was_taken() {
     assert_eq!(ioctl_fionread(&look).unwrap(), 0, "not taken");
     it.delete("e").await.unwrap();
     assert_eq!(client.join().unwrap(), SAID);
+}
+
+/// As the guest's connection does, this one breaks when the machine is ended.
+async fn breaks_with_the_machine(it: &Fixture) {
+    timeout(Duration::from_secs(5), it.sandbox.ended())
+        .await
+        .expect("the machine still runs");
+    it.line.shutdown(Shutdown::Both).unwrap();
+}
+
+#[tokio::test]
+async fn what_the_guest_does_not_kill_ends_with_its_machine() {
+    for obeys in [Obeys::Never, Obeys::Denies, Obeys::Hangs, Obeys::Refuses] {
+        let mut it = Fixture::new().await;
+        it.start("").await.unwrap();
+        *it.guest.obeys.lock().unwrap() = obeys;
+        let (killed, ()) = tokio::join!(it.kill("", 9), breaks_with_the_machine(&it));
+        match obeys {
+            Obeys::Denies => assert_eq!(kind(killed), Kind::NotFound),
+            _ => killed.unwrap(),
+        }
+        assert_eq!(it.wait("").await.unwrap(), 255, "{obeys:?}");
+        assert_eq!(it.delete("").await.unwrap(), 255, "{obeys:?}");
+        assert_eq!(
+            it.events(),
+            ["/tasks/start", "/tasks/exit", "/tasks/delete"]
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_container_that_was_never_started_is_deleted_whatever_the_guest_does() {
+    for obeys in [Obeys::Never, Obeys::Hangs] {
+        let mut it = Fixture::new().await;
+        *it.guest.obeys.lock().unwrap() = obeys;
+        let (deleted, ()) = tokio::join!(it.delete(""), breaks_with_the_machine(&it));
+        assert_eq!(deleted.unwrap(), 255, "{obeys:?}");
+        assert_eq!(it.events(), ["/tasks/exit", "/tasks/delete"]);
+    }
+}
+
+#[tokio::test]
+async fn a_machine_outlives_what_its_guest_kills() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stdout");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let stdio = Stdio {
+        stdout: path.display().to_string(),
+        ..Stdio::default()
+    };
+    let it = Fixture::with_stdio(Actor::spawn, stdio).await;
+    *it.guest.output.lock().unwrap() = vec![b'x'; 60_000];
+    it.start("").await.unwrap();
+    // Also of a container that is frozen, whose processes can be killed.
+    it.freeze().await.unwrap();
+    let waiting = {
+        let (container, exec) = (it.container.clone(), String::new());
+        tokio::spawn(async move { container.ask(|reply| Command::Wait { exec, reply }).await })
+    };
+    it.kill("", 9).await.unwrap();
+    // Somebody takes the output, but too slowly for it to be gone when patience ends.
+    let look = OFlags::RDONLY | OFlags::NONBLOCK;
+    let client = openat(CWD, &path, look, Mode::empty()).unwrap();
+    let until = tokio::time::Instant::now() + KILL_PATIENCE * 2;
+    while tokio::time::Instant::now() < until {
+        rustix::io::read(&client, &mut [0; 64]).unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(!waiting.is_finished(), "its output is still being taken");
+    assert!(!it.sandbox.has_ended(), "its machine was ended");
+    rustix::io::read(&client, &mut [0; 60_000]).unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap().status, 137);
 }

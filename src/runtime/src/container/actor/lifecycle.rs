@@ -12,7 +12,7 @@ use protocols::containerd::task_events::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Actor, Report, SIGKILL, UNKNOWN_STATUS, answer};
+use super::{Actor, Report, UNKNOWN_STATUS, answer};
 use crate::agent::ProcessName;
 use crate::container::io::{Pumps, Stdio, Streams};
 use crate::container::process::{Phase, Process, precondition};
@@ -193,6 +193,9 @@ impl Actor {
         let pid = self.pid;
         let id = self.id.clone();
         let handle = self.handle.clone();
+        if exec.is_empty() {
+            self.init_ended.send_replace(true);
+        }
         let Ok(process) = self.process(exec) else {
             return;
         };
@@ -270,14 +273,10 @@ impl Actor {
             Phase::Created if self.delete.is_none() => {
                 // It exists in the guest and waits for its start: it is ended first.
                 self.delete = Some(reply);
-                let name = self.init.name.clone();
-                self.call(|agent| async move {
-                    if let Err(error) = agent.signal(&name, SIGKILL).await {
-                        debug!(
-                            container = name.container,
-                            error = error.chain(),
-                            "not killed"
-                        );
+                let (id, kill) = (self.id.clone(), self.init_kill());
+                tokio::spawn(async move {
+                    if let Err(error) = kill.run().await {
+                        debug!(container = id, error = error.chain(), "not killed");
                     }
                 });
             }

@@ -13,6 +13,7 @@
 //! exit, because an end that is heard of before the start's answer waits for it; exit before
 //! delete, because only a stopped process is deleted.
 
+pub(super) mod kill;
 mod lifecycle;
 mod requests;
 
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use protocols::containerd::task_events::{TaskOOM, TaskPaused, TaskResumed};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::warn;
 
@@ -111,6 +112,8 @@ pub(crate) struct Actor {
     handle: Handle,
     mailbox: mpsc::UnboundedReceiver<Command>,
     init: Process,
+    /// Whether the guest has told the init's end; its output may still be under way then.
+    init_ended: watch::Sender<bool>,
     execs: HashMap<String, Process>,
     paused: bool,
     /// A delete that waits for the end of a container that was never started.
@@ -140,6 +143,7 @@ impl Actor {
             handle: handle.clone(),
             mailbox,
             init,
+            init_ended: watch::Sender::new(false),
             execs: HashMap::new(),
             paused: false,
             delete: None,

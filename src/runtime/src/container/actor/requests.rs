@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is asked of a container that exists: signals, terminal sizes, pause, limits, statistics.
+//! What is asked of a container that exists: terminal sizes, pause, limits, statistics.
 
 use std::sync::Arc;
 
@@ -10,45 +10,9 @@ use protocols::agent::oci;
 use super::{Actor, Report, answer};
 use crate::container::process::{Phase, precondition};
 use crate::container::{Command, Reply};
-use crate::error::{Kind, Result, ShimError};
+use crate::error::Result;
 
 impl Actor {
-    pub(super) fn kill(&mut self, exec: &str, signal: u32, all: bool, reply: Reply<()>) {
-        let checked = self.process(exec).and_then(|process| {
-            process.check_signal()?;
-            Ok(process.name.clone())
-        });
-        let name = match checked {
-            Ok(name) => name,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        let mut names = vec![name];
-        if all {
-            let running = self
-                .execs
-                .values()
-                .filter(|exec| exec.phase == Phase::Running);
-            names.extend(running.map(|exec| exec.name.clone()));
-            names.dedup();
-        }
-        self.call(|agent| async move {
-            let mut result = Ok(());
-            for (index, name) in names.iter().enumerate() {
-                let sent = agent.signal(name, signal).await;
-                // Of the others, some may have ended meanwhile.
-                if index == 0 {
-                    result = sent.map_err(|error| match error.kind() {
-                        Kind::NotFound => {
-                            ShimError::new(Kind::NotFound, "process already finished")
-                        }
-                        _ => error,
-                    });
-                }
-            }
-            answer(reply, result);
-        });
-    }
-
     pub(super) fn resize(&mut self, exec: &str, rows: u32, columns: u32, reply: Reply<()>) {
         let process = match self.process(exec) {
             Ok(process) => process,
