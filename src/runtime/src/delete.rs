@@ -11,6 +11,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use protobuf::{Message, MessageField};
+use protocols::containerd::sandbox::SandboxStatusRequest;
+use protocols::containerd::sandbox_ttrpc::SandboxClient;
 use protocols::containerd::shim::{DeleteResponse, ShutdownRequest, StateRequest};
 use protocols::containerd::shim_ttrpc::TaskClient;
 use tokio::runtime::{self, Runtime};
@@ -94,7 +96,8 @@ fn runtime() -> Result<Runtime> {
 /// Whether a shim answers that sees to the rest. containerd runs `delete` after each task that it
 /// has deleted, too, when it closes that task's connection: a pod's shim may have other
 /// containers then, even without its sandbox's. A pod's shim also outlives a member that failed.
-/// A shim that still has the container, but was given up by containerd, is not done.
+/// A shim that still has the container, or the sandbox that stands by itself, but was given up by
+/// containerd, is not done.
 fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
     if UnixStream::connect(socket).is_err() {
         return Ok(false);
@@ -104,6 +107,7 @@ fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
         let Ok(client) = ttrpc::r#async::Client::connect(&address).await else {
             return false;
         };
+        let sandboxes = SandboxClient::new(client.clone());
         let client = TaskClient::new(client);
         let state = StateRequest {
             id: id.to_owned(),
@@ -115,6 +119,10 @@ fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
             // It is being created, or the shim does not answer.
             Err(_) => return is_member,
         }
+        // A sandbox that stands by itself is no task, and keeps its shim from going.
+        if !is_member && !has_no_sandbox(&sandboxes, id).await {
+            return false;
+        }
         // Nobody may ask again: it goes if this was its last.
         let shutdown = ShutdownRequest {
             id: id.to_owned(),
@@ -122,6 +130,19 @@ fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
         };
         client.shutdown(deadline(), &shutdown).await.is_ok()
     }))
+}
+
+/// Whether a shim says that it has no sandbox of this name that stands by itself.
+async fn has_no_sandbox(client: &SandboxClient, id: &str) -> bool {
+    let status = SandboxStatusRequest {
+        sandbox_id: id.to_owned(),
+        ..Default::default()
+    };
+    match client.sandbox_status(deadline(), &status).await {
+        Err(ttrpc::Error::RpcStatus(status)) => status.code() == Code::NOT_FOUND,
+        // Or it does not answer.
+        _ => false,
+    }
 }
 
 fn deadline() -> ttrpc::context::Context {
@@ -140,5 +161,60 @@ fn kill_shim(bundle: &Bundle, id: &str) -> Result<()> {
             .kill(Duration::from_secs(10))
             .internal(|| "kill the shim".to_owned()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener as StdListener;
+    use std::sync::Arc;
+    use std::thread;
+
+    use protocols::containerd::sandbox_ttrpc::create_sandbox;
+    use protocols::containerd::shim_ttrpc::create_task;
+    use tempfile::TempDir;
+    use tokio::net::UnixListener;
+    use tokio::sync::oneshot;
+    use ttrpc::r#async::Server;
+    use ttrpc::r#async::transport::Listener;
+
+    use super::*;
+    use crate::service::{SandboxService, Shim, TaskService};
+
+    /// What `delete` makes of a shim that serves.
+    fn done_with(server: impl FnOnce() -> Server + Send + 'static, id: &str, member: bool) -> bool {
+        let folder = TempDir::new().unwrap();
+        let socket = folder.path().join("s");
+        let listener = StdListener::bind(&socket).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (end, ended) = oneshot::channel::<()>();
+        let serving = thread::spawn(move || {
+            runtime().unwrap().block_on(async move {
+                let listener = UnixListener::from_std(listener).unwrap();
+                let mut server = server().add_listener(Listener::from(listener));
+                server.start().await.unwrap();
+                let _ = ended.await;
+            });
+        });
+        let done = is_done(&socket, id, member).unwrap();
+        drop(end);
+        serving.join().unwrap();
+        done
+    }
+
+    fn standing() -> Server {
+        let shim = Arc::new(Shim::standing_for_test());
+        Server::new()
+            .register_service(create_task(Arc::new(TaskService::new(Arc::clone(&shim)))))
+            .register_service(create_sandbox(Arc::new(SandboxService::new(shim))))
+    }
+
+    #[test]
+    fn a_shim_whose_sandbox_stands_by_itself_is_not_done() {
+        assert!(!done_with(standing, "test", false));
+        // A member that is gone is seen to, and leaves the sandbox alone.
+        assert!(done_with(standing, "member", true));
+        // One that has nothing of this name goes by itself.
+        assert!(done_with(standing, "other", false));
     }
 }

@@ -27,7 +27,7 @@ use tokio::time::timeout;
 use tracing::warn;
 use ttrpc::r#async::TtrpcContext;
 
-use super::shim::{Shim, Standing};
+use super::shim::{Shim, Standing, to_its_end};
 use super::{create, stats};
 use crate::cli::check_id;
 use crate::config::Config;
@@ -149,11 +149,9 @@ impl Service for SandboxService {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
-        // Runs to its end though the connection may break: half a sandbox must not stay.
         let id = request.sandbox_id.clone();
-        tokio::spawn(create(Arc::clone(&self.shim), request))
+        to_its_end(create(Arc::clone(&self.shim), request))
             .await
-            .internal(|| "create".to_owned())?
             .inspect_err(|error| warn!(sandbox = id, error = error.chain(), "not created"))?;
         Ok(CreateSandboxResponse::new())
     }
@@ -273,11 +271,16 @@ impl Service for SandboxService {
         _: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        // Also for a sandbox that could not be created: its shim is to go.
-        if let Ok(sandbox) = self.shim.standing(&request.sandbox_id) {
-            sandbox.stop().await?;
-        }
-        self.shim.shut_down().await;
+        let shim = Arc::clone(&self.shim);
+        to_its_end(async move {
+            // Also for a sandbox that could not be created: its shim is to go.
+            if let Ok(sandbox) = shim.standing(&request.sandbox_id) {
+                sandbox.stop().await?;
+            }
+            shim.shut_down().await;
+            Ok(())
+        })
+        .await?;
         Ok(ShutdownSandboxResponse::new())
     }
 
@@ -297,5 +300,37 @@ impl Service for SandboxService {
             }),
             ..Default::default()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::task::Poll;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_shutdown_goes_on_without_its_client() {
+        let shim = Arc::new(Shim::standing_for_test());
+        let service = SandboxService::new(Arc::clone(&shim));
+        let context = TtrpcContext::default();
+        let request = ShutdownSandboxRequest {
+            sandbox_id: "test".to_owned(),
+            ..Default::default()
+        };
+        {
+            let mut request = pin!(service.shutdown_sandbox(&context, request));
+            // Begun, and then dropped as if the connection had broken.
+            poll_fn(|task| {
+                assert!(request.as_mut().poll(task).is_pending());
+                Poll::Ready(())
+            })
+            .await;
+        }
+        timeout(Duration::from_secs(5), shim.finished())
+            .await
+            .expect("the shim stays");
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a shim holds: one sandbox, its containers, and the way to its end.
 
+use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +11,7 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use crate::container::{Handle, Registry};
-use crate::error::{Kind, Result, ShimError};
+use crate::error::{Context, Kind, Result, ShimError};
 use crate::events::Publisher;
 use crate::hooks::HostMounts;
 use crate::sandbox::Sandbox;
@@ -57,6 +58,42 @@ impl Shim {
             standing: Mutex::default(),
             shutdown: Notify::new(),
         }
+    }
+
+    /// One whose sandbox, `test`, stands by itself; its agent says nothing.
+    #[cfg(test)]
+    pub(crate) fn standing_for_test() -> Self {
+        use crate::agent::Agent;
+        use crate::container::io::Stdio;
+        use crate::container::{Parts, Pause};
+        use crate::hooks::Hooks;
+        use crate::spec::Spec;
+        use std::path::Path;
+        use tokio::net::UnixStream;
+        use tokio::sync::watch;
+
+        let host = HostMounts::current().unwrap();
+        let hooks = Hooks::new(&Spec::default(), "test", Path::new("/b"), host.clone());
+        let shim = Self::new("test", None, Publisher::to_nobody(), host);
+        let (stream, _) = UnixStream::pair().unwrap();
+        let (_, machine) = watch::channel(None);
+        let agent = Agent::new(stream, Duration::from_secs(5), machine);
+        let sandbox = Arc::new(Sandbox::for_test(agent));
+        shim.adopt(&sandbox);
+        let stdio = Stdio::default();
+        shim.let_stand(Pause::spawn(Parts {
+            id: "test".to_owned(),
+            bundle: "/b".to_owned(),
+            pid: 1,
+            streams: stdio.open().unwrap(),
+            stdio,
+            sandbox,
+            owns_sandbox: true,
+            events: Publisher::to_nobody(),
+            registry: Arc::clone(&shim.registry),
+            hooks,
+        }));
+        shim
     }
 
     /// The sandbox of this name, which lives.
@@ -154,6 +191,17 @@ impl Shim {
     fn is_idle(&self) -> bool {
         self.registry.is_empty() && lock(&self.standing).is_none()
     }
+}
+
+/// Does work to its end though its client may go, which drops what handles the request: half a
+/// sandbox must not stay.
+pub(super) async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work)
+        .await
+        .internal(|| "task".to_owned())
+        .flatten()
 }
 
 fn no_sandbox(id: &str) -> ShimError {

@@ -20,12 +20,12 @@ use tokio::sync::oneshot;
 use tracing::warn;
 use ttrpc::r#async::TtrpcContext;
 
-use super::shim::Shim;
+use super::shim::{Shim, to_its_end};
 use super::{create, stats};
 use crate::cli::check_id;
 use crate::container::io::Stdio;
 use crate::container::{Command, Handle, Status};
-use crate::error::{Context, Kind, Result, ShimError};
+use crate::error::{Kind, Result, ShimError};
 use crate::spec;
 
 /// The service.
@@ -59,12 +59,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        // Runs to its end though the connection may break, which drops this future: half a
-        // sandbox must not stay.
         let id = request.id.clone();
-        let pid = tokio::spawn(create::create(Arc::clone(&self.shim), request))
+        let pid = to_its_end(create::create(Arc::clone(&self.shim), request))
             .await
-            .internal(|| "create".to_owned())?
             .inspect_err(|error| warn!(container = id, error = error.chain(), "not created"))?;
         Ok(CreateTaskResponse {
             pid,
@@ -286,11 +283,16 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if request.now {
-            self.shim.shut_down().await;
-        } else {
-            self.shim.shut_down_if_idle().await;
-        }
-        Ok(Empty::new())
+        let shim = Arc::clone(&self.shim);
+        to_its_end(async move {
+            if request.now {
+                shim.shut_down().await;
+            } else {
+                shim.shut_down_if_idle().await;
+            }
+            Ok(Empty::new())
+        })
+        .await
+        .map_err(Into::into)
     }
 }
