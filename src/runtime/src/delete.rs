@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use protobuf::{Message, MessageField};
 use protocols::containerd::sandbox::SandboxStatusRequest;
 use protocols::containerd::sandbox_ttrpc::SandboxClient;
-use protocols::containerd::shim::{DeleteResponse, ShutdownRequest, StateRequest};
+use protocols::containerd::shim::{DeleteRequest, DeleteResponse, ShutdownRequest, StateRequest};
 use protocols::containerd::shim_ttrpc::TaskClient;
 use tokio::runtime::{self, Runtime};
 use ttrpc::Code;
@@ -113,21 +113,33 @@ fn is_done(socket: &Path, id: &str, is_member: bool) -> Result<bool> {
             id: id.to_owned(),
             ..Default::default()
         };
+        // Nobody may ask again: it goes if this was its last.
+        let shutdown = ShutdownRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
         match client.state(deadline(), &state).await {
             Ok(_) => return is_member,
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {}
-            // It is being created, or the shim does not answer.
+            Err(ttrpc::Error::RpcStatus(status))
+                if is_member && status.code() == Code::FAILED_PRECONDITION =>
+            {
+                // It is being created, for nobody: told so, the shim undoes it.
+                let delete = DeleteRequest {
+                    id: id.to_owned(),
+                    ..Default::default()
+                };
+                let _ = client.delete(deadline(), &delete).await;
+                let _ = client.shutdown(deadline(), &shutdown).await;
+                return true;
+            }
+            // The shim does not answer.
             Err(_) => return is_member,
         }
         // A sandbox that stands by itself is no task, and keeps its shim from going.
         if !is_member && !has_no_sandbox(&sandboxes, id).await {
             return false;
         }
-        // Nobody may ask again: it goes if this was its last.
-        let shutdown = ShutdownRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
         client.shutdown(deadline(), &shutdown).await.is_ok()
     }))
 }
@@ -167,16 +179,18 @@ fn kill_shim(bundle: &Bundle, id: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener as StdListener;
-    use std::sync::Arc;
+    use std::sync::{Arc, Mutex};
     use std::thread;
 
+    use async_trait::async_trait;
     use protocols::containerd::sandbox_ttrpc::create_sandbox;
-    use protocols::containerd::shim_ttrpc::create_task;
+    use protocols::containerd::shim::StateResponse;
+    use protocols::containerd::shim_ttrpc::{Task, create_task};
     use tempfile::TempDir;
     use tokio::net::UnixListener;
     use tokio::sync::oneshot;
-    use ttrpc::r#async::Server;
     use ttrpc::r#async::transport::Listener;
+    use ttrpc::r#async::{Server, TtrpcContext};
 
     use super::*;
     use crate::service::{SandboxService, Shim, TaskService};
@@ -207,6 +221,45 @@ mod tests {
         Server::new()
             .register_service(create_task(Arc::new(TaskService::new(Arc::clone(&shim)))))
             .register_service(create_sandbox(Arc::new(SandboxService::new(shim))))
+    }
+
+    /// A shim that is creating what it is asked for, and notes who asks to delete it.
+    struct Creating {
+        deleted: Arc<Mutex<Vec<String>>>,
+    }
+
+    #[async_trait]
+    impl Task for Creating {
+        async fn state(&self, _: &TtrpcContext, _: StateRequest) -> ttrpc::Result<StateResponse> {
+            Err(being_created())
+        }
+
+        async fn delete(
+            &self,
+            _: &TtrpcContext,
+            request: DeleteRequest,
+        ) -> ttrpc::Result<DeleteResponse> {
+            self.deleted.lock().unwrap().push(request.id);
+            Err(being_created())
+        }
+    }
+
+    fn being_created() -> ttrpc::Error {
+        let status = ttrpc::get_status(Code::FAILED_PRECONDITION, "it is being created");
+        ttrpc::Error::RpcStatus(status)
+    }
+
+    #[test]
+    fn a_member_that_is_being_created_is_deleted() {
+        let deleted = Arc::default();
+        let creating = || {
+            let deleted = Arc::clone(&deleted);
+            move || Server::new().register_service(create_task(Arc::new(Creating { deleted })))
+        };
+        // What has its shim to itself is killed with it.
+        assert!(!done_with(creating(), "single", false));
+        assert!(done_with(creating(), "member", true));
+        assert_eq!(*deleted.lock().unwrap(), ["member"]);
     }
 
     #[test]

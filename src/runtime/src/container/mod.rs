@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use actor::{Actor, Parts};
 pub(crate) use pause::Pause;
-pub(crate) use registry::Registry;
+pub(crate) use registry::{Registry, Reservation};
 
 use self::actor::Report;
 use self::io::Stdio;

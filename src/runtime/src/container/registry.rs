@@ -11,11 +11,21 @@ use tokio::sync::Notify;
 use super::Handle;
 use crate::error::{Kind, Result, ShimError};
 
-/// The containers; `None` for one that is being created.
+/// The containers.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
-    containers: Mutex<HashMap<String, Option<Handle>>>,
+    containers: Mutex<HashMap<String, Place>>,
     emptied: Notify,
+}
+
+/// What stands under a name.
+#[derive(Debug)]
+enum Place {
+    /// A container that is being created; whether nobody wants it any more.
+    Reserved {
+        cancelled: bool,
+    },
+    Taken(Handle),
 }
 
 /// A name that is taken until it is released: a create that fails gives it back.
@@ -35,7 +45,7 @@ impl Registry {
                 format!("container {id} exists already"),
             )),
             Entry::Vacant(entry) => {
-                entry.insert(None);
+                entry.insert(Place::Reserved { cancelled: false });
                 Ok(Reservation {
                     registry: Arc::clone(self),
                     id: id.to_owned(),
@@ -47,8 +57,8 @@ impl Registry {
 
     pub(crate) fn find(&self, id: &str) -> Result<Handle> {
         match self.lock().get(id) {
-            Some(Some(handle)) => Ok(handle.clone()),
-            Some(None) => Err(ShimError::new(
+            Some(Place::Taken(handle)) => Ok(handle.clone()),
+            Some(Place::Reserved { .. }) => Err(ShimError::new(
                 Kind::FailedPrecondition,
                 format!("container {id} is being created"),
             )),
@@ -56,6 +66,13 @@ impl Registry {
                 Kind::NotFound,
                 format!("container {id} does not exist"),
             )),
+        }
+    }
+
+    /// Nobody wants the container of this name any more, should it still be being created.
+    pub(crate) fn cancel(&self, id: &str) {
+        if let Some(Place::Reserved { cancelled }) = self.lock().get_mut(id) {
+            *cancelled = true;
         }
     }
 
@@ -83,7 +100,7 @@ impl Registry {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Handle>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Place>> {
         self.containers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -91,10 +108,18 @@ impl Registry {
 }
 
 impl Reservation {
-    /// The container exists.
-    pub(crate) fn fulfil(mut self, handle: Handle) {
+    /// The container exists: its life begins, unless it was cancelled. Then the name comes back,
+    /// and stays taken until the container is undone.
+    pub(crate) fn fulfil(mut self, begin: impl FnOnce() -> Handle) -> Result<(), Self> {
+        let registry = Arc::clone(&self.registry);
+        // No cancellation comes in between.
+        let mut containers = registry.lock();
+        if let Some(Place::Reserved { cancelled: true }) = containers.get(&self.id) {
+            return Err(self);
+        }
         self.fulfilled = true;
-        self.registry.lock().insert(self.id.clone(), Some(handle));
+        containers.insert(self.id.clone(), Place::Taken(begin()));
+        Ok(())
     }
 }
 

@@ -258,7 +258,8 @@ impl Fixture {
                 HostMounts::current().unwrap(),
             ),
         });
-        registry.reserve("c").unwrap().fulfil(container.clone());
+        let reservation = registry.reserve("c").unwrap();
+        reservation.fulfil(|| container.clone()).unwrap();
         Self {
             guest,
             container,

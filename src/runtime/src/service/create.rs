@@ -27,7 +27,7 @@ use crate::bundle::{Bundle, Membership};
 use crate::cli::check_id;
 use crate::config::Config;
 use crate::container::io::{Stdio, StreamPorts, Streams};
-use crate::container::{Actor, Command, Parts, Pause};
+use crate::container::{Actor, Command, Parts, Pause, Reservation};
 use crate::disk::{self, Wanted};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::hooks::Hooks;
@@ -80,8 +80,7 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         registry: Arc::clone(&shim.registry),
         hooks,
     };
-    info!(container = request.id, "created");
-    shim.events.publish(&TaskCreate {
+    let event = TaskCreate {
         container_id: request.id,
         bundle: request.bundle,
         rootfs: request.rootfs,
@@ -94,12 +93,43 @@ pub(super) async fn create(shim: Arc<Shim>, request: CreateTaskRequest) -> Resul
         }),
         pid,
         ..Default::default()
-    });
-    reservation.fulfil(match &membership {
-        Membership::Sandbox(_) => Pause::spawn(parts),
-        Membership::Single(_) | Membership::Member(_) => Actor::spawn(parts),
-    });
+    };
+    begin(&shim, reservation, &membership, parts, &event).await?;
     Ok(pid)
+}
+
+/// Begins the life of a container that was made, or undoes it if it was deleted meanwhile: a
+/// client that gave up doesn't ask again.
+async fn begin(
+    shim: &Shim,
+    reservation: Reservation,
+    membership: &Membership,
+    parts: Parts,
+    event: &TaskCreate,
+) -> Result<()> {
+    let (id, sandbox, hooks) = (
+        parts.id.clone(),
+        Arc::clone(&parts.sandbox),
+        parts.hooks.clone(),
+    );
+    let begun = reservation.fulfil(|| {
+        info!(container = id, "created");
+        shim.events.publish(event);
+        match membership {
+            Membership::Sandbox(_) => Pause::spawn(parts),
+            Membership::Single(_) | Membership::Member(_) => Actor::spawn(parts),
+        }
+    });
+    let Err(reservation) = begun else {
+        return Ok(());
+    };
+    undo(shim, &sandbox, membership, &id).await;
+    hooks.poststop().await;
+    drop(reservation);
+    Err(ShimError::new(
+        Kind::FailedPrecondition,
+        format!("container {id} was deleted while it was being created"),
+    ))
 }
 
 /// Makes a pod's sandbox. Of the container that stands for it, only the specification counts.
@@ -336,7 +366,7 @@ async fn create_in_guest(
     sandbox.agent().create_container(&request).await
 }
 
-/// Takes back what a failed create has made.
+/// Takes back what a create has made that failed, or that nobody wants any more.
 async fn undo(shim: &Shim, sandbox: &Arc<Sandbox>, membership: &Membership, id: &str) {
     if !membership.is_member() {
         shim.abandon();
@@ -416,4 +446,68 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     spawn_blocking(work).await.internal(|| "task".to_owned())?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use protocols::containerd::shim::DeleteRequest;
+    use protocols::containerd::shim_ttrpc::Task;
+    use tokio::net::UnixStream;
+    use tokio::sync::watch;
+    use ttrpc::Code;
+    use ttrpc::r#async::TtrpcContext;
+
+    use super::*;
+    use crate::agent::Agent;
+    use crate::events::Publisher;
+    use crate::hooks::HostMounts;
+    use crate::service::TaskService;
+
+    #[tokio::test]
+    async fn what_is_deleted_while_it_is_created_is_undone() {
+        let host = HostMounts::current().unwrap();
+        let hooks = Hooks::new(&Spec::default(), "c", Path::new("/b"), host.clone());
+        let (events, mut published) = Publisher::to_test();
+        let shim = Arc::new(Shim::new("test", None, events.clone(), host));
+        let reservation = shim.registry.reserve("c").unwrap();
+        let (stream, _) = UnixStream::pair().unwrap();
+        let (_, machine) = watch::channel(None);
+        let agent = Agent::new(stream, Duration::from_secs(5), machine);
+        let sandbox = Arc::new(Sandbox::for_test(agent));
+
+        let request = DeleteRequest {
+            id: "c".to_owned(),
+            ..Default::default()
+        };
+        let tasks = TaskService::new(Arc::clone(&shim));
+        match tasks.delete(&TtrpcContext::default(), request).await {
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                assert_eq!(status.code(), Code::FAILED_PRECONDITION);
+            }
+            other => panic!("{other:?}"),
+        }
+
+        let stdio = Stdio::default();
+        let parts = Parts {
+            id: "c".to_owned(),
+            bundle: "/b".to_owned(),
+            pid: 1,
+            streams: stdio.open().unwrap(),
+            stdio,
+            sandbox: Arc::clone(&sandbox),
+            owns_sandbox: true,
+            events,
+            registry: Arc::clone(&shim.registry),
+            hooks,
+        };
+        let membership = Membership::Single("c".to_owned());
+        let event = TaskCreate::default();
+        let begun = begin(&shim, reservation, &membership, parts, &event).await;
+        assert_eq!(begun.unwrap_err().kind(), Kind::FailedPrecondition);
+        assert!(sandbox.was_stopped());
+        assert!(shim.registry.is_empty());
+        assert_eq!(published.topics(), [""; 0]);
+    }
 }

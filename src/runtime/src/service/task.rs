@@ -155,6 +155,11 @@ impl Task for TaskService {
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let exec = request.exec_id;
+        if exec.is_empty() {
+            // Who creates it gave up, and comes back no more: the answer below says that it is
+            // being created, and once it is, it is undone.
+            self.shim.registry.cancel(&request.id);
+        }
         let (pid, exit) = self
             .ask(&request.id, |reply| Command::Delete { exec, reply })
             .await?;
