@@ -36,6 +36,8 @@ pub(super) struct Process {
     input_closed: bool,
     /// From the start on.
     pub(super) pumps: Option<Pumps>,
+    /// How it ended, while its output is still being taken.
+    pub(super) ending: Option<Exit>,
     waiters: Vec<Reply<Exit>>,
 }
 
@@ -49,6 +51,7 @@ impl Process {
             streams: None,
             input_closed: false,
             pumps: None,
+            ending: None,
             waiters: Vec::new(),
         }
     }

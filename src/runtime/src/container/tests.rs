@@ -612,3 +612,53 @@ async fn a_machine_outlives_what_its_guest_kills() {
     rustix::io::read(&client, &mut [0; 60_000]).unwrap();
     assert_eq!(waiting.await.unwrap().unwrap().status, 137);
 }
+
+/// Waits for an exec's end while its container is deleted.
+async fn end_with_the_container(it: &mut Fixture) -> u32 {
+    let container = it.container.clone();
+    let exec = "e".to_owned();
+    let waiting =
+        tokio::spawn(async move { container.ask(|reply| Command::Wait { exec, reply }).await });
+    it.kill("", 9).await.unwrap();
+    assert_eq!(it.wait("").await.unwrap(), 137);
+    assert_eq!(it.delete("").await.unwrap(), 137);
+    let events = [
+        "start",
+        "exec-added",
+        "exec-started",
+        "exit",
+        "exit",
+        "delete",
+    ];
+    assert_eq!(it.events(), events.map(|name| format!("/tasks/{name}")));
+    waiting.await.unwrap().unwrap().status
+}
+
+#[tokio::test]
+async fn an_exec_ends_with_its_container_at_the_latest() {
+    let mut it = Fixture::new().await;
+    it.start("").await.unwrap();
+    it.add_exec("e").await.unwrap();
+    it.start("e").await.unwrap();
+    assert_eq!(end_with_the_container(&mut it).await, 137);
+}
+
+#[tokio::test]
+async fn an_exec_whose_output_is_not_taken_keeps_its_status() {
+    let mut it = Fixture::new().await;
+    it.start("").await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stdout");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let stdio = Stdio {
+        stdout: path.display().to_string(),
+        ..Stdio::default()
+    };
+    it.add_exec_with("e", stdio).await.unwrap();
+    *it.guest.output.lock().unwrap() = vec![b'x'; 60_000];
+    it.start("e").await.unwrap();
+    it.guest.exec.send_replace(Some(42));
+    // The end is known, if not told, once there is nothing to signal any more.
+    while it.kill("e", 15).await.is_ok() {}
+    assert_eq!(end_with_the_container(&mut it).await, 42);
+}

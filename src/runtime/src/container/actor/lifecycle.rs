@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From created to deleted: the transitions of the actor's processes, each with its event.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -12,7 +13,7 @@ use protocols::containerd::task_events::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Actor, Report, UNKNOWN_STATUS, answer};
+use super::{Actor, KILLED, Report, UNKNOWN_STATUS, answer};
 use crate::agent::ProcessName;
 use crate::container::io::{Pumps, Stdio, Streams};
 use crate::container::process::{Phase, Process, precondition};
@@ -190,7 +191,6 @@ impl Actor {
 
     /// A process has ended.
     pub(super) fn ended(&mut self, exec: &str, exit: Exit) {
-        let pid = self.pid;
         let id = self.id.clone();
         let handle = self.handle.clone();
         if exec.is_empty() {
@@ -208,6 +208,7 @@ impl Actor {
             Phase::Stopped(_) | Phase::Deleting(_) => return,
         }
         if let Some(settled) = process.pumps.as_mut().and_then(Pumps::process_ended) {
+            process.ending = Some(exit);
             let exec = exec.to_owned();
             tokio::spawn(async move {
                 settled.await;
@@ -217,23 +218,45 @@ impl Actor {
         }
         process.end(exit);
         info!(container = id, exec, status = exit.status, "ended");
-        self.events.publish(&TaskExit {
-            // containerd knows a container's init by the container's own name.
-            id: if exec.is_empty() {
-                id.clone()
-            } else {
-                exec.to_owned()
-            },
-            container_id: id,
-            pid,
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.at.into()),
-            ..TaskExit::default()
-        });
+        self.publish_exit(exec, exit);
         if exec.is_empty()
             && let Some(reply) = self.delete.take()
         {
             self.remove(exit, reply);
+        }
+    }
+
+    fn publish_exit(&self, exec: &str, exit: Exit) {
+        // containerd knows a container's init by the container's own name.
+        let id = if exec.is_empty() { &self.id } else { exec };
+        self.events.publish(&TaskExit {
+            id: id.to_owned(),
+            container_id: self.id.clone(),
+            pid: self.pid,
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at.into()),
+            ..TaskExit::default()
+        });
+    }
+
+    /// The container is gone, and with it what ran in it: ends the execs whose end was not told.
+    fn end_execs(&mut self) {
+        for (exec, mut process) in mem::take(&mut self.execs) {
+            let started = match process.phase {
+                Phase::Created | Phase::Starting { .. } => false,
+                Phase::Running => true,
+                Phase::Stopped(_) | Phase::Deleting(_) => continue,
+            };
+            let exit = process.ending.unwrap_or_else(|| Exit {
+                status: KILLED,
+                at: SystemTime::now(),
+            });
+            process.end(exit);
+            // What was not started has no exit that could come after its start.
+            if started {
+                info!(container = self.id, exec, "ended with its container");
+                self.publish_exit(&exec, exit);
+            }
         }
     }
 
@@ -350,6 +373,7 @@ impl Actor {
             answer(reply, Err(error));
             return false;
         }
+        self.end_execs();
         let pid = self.pid;
         self.events.publish(&TaskDelete {
             container_id: self.id.clone(),
