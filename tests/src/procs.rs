@@ -166,6 +166,20 @@ impl Process {
 
     /// Sends SIGKILL to this process and no other, and waits for its end.
     pub fn kill(&self) -> Result<()> {
+        self.signal(Signal::KILL)?;
+        until(
+            &format!("the end of process {}", self.pid),
+            Duration::from_secs(10),
+            || Ok((!self.is_alive()).then_some(())),
+        )
+    }
+
+    /// Stops it (SIGSTOP), as if it hung.
+    pub fn stop(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(self.pid).context("no process id")?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("opening the process")?;
         ensure!(
@@ -174,12 +188,7 @@ impl Process {
             self.pid,
             self.name
         );
-        pidfd_send_signal(&pidfd, Signal::KILL)?;
-        until(
-            &format!("the end of process {}", self.pid),
-            Duration::from_secs(10),
-            || Ok((!self.is_alive()).then_some(())),
-        )
+        Ok(pidfd_send_signal(&pidfd, signal)?)
     }
 
     /// Its name and arguments, for messages.

@@ -82,6 +82,18 @@ fn the_vmm() -> Outcome {
 }
 
 #[test]
+fn a_guest_that_hangs() -> Outcome {
+    vm_scenario("a_guest_that_hangs", |ctr| {
+        let id = "kill-hung";
+        let victim = Victim::start(ctr, id)?;
+        procs::vmm(id)?.stop()?;
+        // The guest is asked first, and has half a minute to answer.
+        ctr.call(&["task", "kill", "-s", "SIGKILL", id])?;
+        victim.has_ended(ctr, id)
+    })
+}
+
+#[test]
 fn the_shim_and_the_vmm_of_a_detached_container() -> Outcome {
     vm_scenario("the_shim_and_the_vmm_of_a_detached_container", |ctr| {
         let kill_vmm: fn(&str) -> Result<procs::Process> = procs::vmm;
