@@ -104,6 +104,10 @@ impl Cgroup {
 
     /// The group below this one that process `pid` is in: one that makes groups of its own, as systemd
     /// and nested containers do, has left this one, where no process may be then.
+    ///
+    /// # Errors
+    ///
+    /// A process that is gone, or that is not in this group or below it.
     pub(crate) fn of_process(&self, pid: i32) -> Result<OwnedFd> {
         let file = format!("/proc/{pid}/cgroup");
         let text = fs::read_to_string(&file).context(|| format!("read {file}"))?;

@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::mem;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -504,11 +504,8 @@ async fn a_sandbox_container_that_was_never_started_is_ended_and_deleted() {
     assert_eq!(it.events(), ["/tasks/exit", "/tasks/delete"]);
 }
 
-#[tokio::test]
-async fn an_end_is_told_once_its_output_was_taken() {
-    const SAID: usize = 60_000;
-    let it = Fixture::new().await;
-    it.start("").await.unwrap();
+/// A named pipe for a process's output: its folder, its path, and the streams that have it.
+fn stdout_pipe() -> (tempfile::TempDir, PathBuf, Stdio) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("stdout");
     mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
@@ -516,6 +513,15 @@ async fn an_end_is_told_once_its_output_was_taken() {
         stdout: path.display().to_string(),
         ..Stdio::default()
     };
+    (folder, path, stdio)
+}
+
+#[tokio::test]
+async fn an_end_is_told_once_its_output_was_taken() {
+    const SAID: usize = 60_000;
+    let it = Fixture::new().await;
+    it.start("").await.unwrap();
+    let (_folder, path, stdio) = stdout_pipe();
     it.add_exec_with("e", stdio).await.unwrap();
     *it.guest.output.lock().unwrap() = vec![b'x'; SAID];
     let look = OFlags::RDONLY | OFlags::NONBLOCK;
@@ -582,13 +588,7 @@ async fn a_container_that_was_never_started_is_deleted_whatever_the_guest_does()
 
 #[tokio::test]
 async fn a_machine_outlives_what_its_guest_kills() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("stdout");
-    mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
-    let stdio = Stdio {
-        stdout: path.display().to_string(),
-        ..Stdio::default()
-    };
+    let (_folder, path, stdio) = stdout_pipe();
     let it = Fixture::with_stdio(Actor::spawn, stdio).await;
     *it.guest.output.lock().unwrap() = vec![b'x'; 60_000];
     it.start("").await.unwrap();
@@ -647,13 +647,7 @@ async fn an_exec_ends_with_its_container_at_the_latest() {
 async fn an_exec_whose_output_is_not_taken_keeps_its_status() {
     let mut it = Fixture::new().await;
     it.start("").await.unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("stdout");
-    mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
-    let stdio = Stdio {
-        stdout: path.display().to_string(),
-        ..Stdio::default()
-    };
+    let (_folder, _, stdio) = stdout_pipe();
     it.add_exec_with("e", stdio).await.unwrap();
     *it.guest.output.lock().unwrap() = vec![b'x'; 60_000];
     it.start("e").await.unwrap();

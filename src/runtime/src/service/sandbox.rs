@@ -36,7 +36,7 @@ use crate::container::{Command, Exit, Parts, Pause, Snapshot, Status};
 use crate::error::{Context, Kind, Result, ShimError};
 use crate::events::Publisher;
 use crate::hooks::Hooks;
-use crate::sandbox::{Plan, PodFiles};
+use crate::sandbox::{Plan, PodFiles, Sandbox};
 use crate::spec::Spec;
 
 /// Name of the pod's configuration on the wire.
@@ -110,11 +110,16 @@ async fn create(shim: Arc<Shim>, request: CreateSandboxRequest) -> Result<()> {
         plan.files = Some(PodFiles::write(bundle, &pod, &plan.dns)?);
     }
     let (sandbox, _) = create::boot(&shim, id, config, plan, Vec::new(), |_| Ok(())).await?;
+    stand(&shim, id, &request.bundle_path, sandbox)
+}
+
+/// Begins the life of a sandbox that stands by itself.
+pub(super) fn stand(shim: &Shim, id: &str, bundle: &str, sandbox: Arc<Sandbox>) -> Result<()> {
     let stdio = Stdio::default();
-    let hooks = Hooks::new(&Spec::default(), id, bundle, shim.host.clone());
+    let hooks = Hooks::new(&Spec::default(), id, Path::new(bundle), shim.host.clone());
     shim.let_stand(Pause::spawn(Parts {
-        id: id.clone(),
-        bundle: request.bundle_path,
+        id: id.to_owned(),
+        bundle: bundle.to_owned(),
         pid: sandbox.pid(),
         streams: stdio.open()?,
         stdio,

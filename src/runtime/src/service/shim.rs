@@ -64,35 +64,17 @@ impl Shim {
     #[cfg(test)]
     pub(crate) fn standing_for_test() -> Self {
         use crate::agent::Agent;
-        use crate::container::io::Stdio;
-        use crate::container::{Parts, Pause};
-        use crate::hooks::Hooks;
-        use crate::spec::Spec;
-        use std::path::Path;
         use tokio::net::UnixStream;
         use tokio::sync::watch;
 
         let host = HostMounts::current().unwrap();
-        let hooks = Hooks::new(&Spec::default(), "test", Path::new("/b"), host.clone());
         let shim = Self::new("test", None, Publisher::to_nobody(), host);
         let (stream, _) = UnixStream::pair().unwrap();
         let (_, machine) = watch::channel(None);
         let agent = Agent::new(stream, Duration::from_secs(5), machine);
         let sandbox = Arc::new(Sandbox::for_test(agent));
         shim.adopt(&sandbox);
-        let stdio = Stdio::default();
-        shim.let_stand(Pause::spawn(Parts {
-            id: "test".to_owned(),
-            bundle: "/b".to_owned(),
-            pid: 1,
-            streams: stdio.open().unwrap(),
-            stdio,
-            sandbox,
-            owns_sandbox: true,
-            events: Publisher::to_nobody(),
-            registry: Arc::clone(&shim.registry),
-            hooks,
-        }));
+        super::sandbox::stand(&shim, "test", "/b", sandbox).unwrap();
         shim
     }
 
