@@ -25,6 +25,7 @@ pub(crate) const ROLE: &str = "container-helper";
 
 /// A container's namespaces, for an exec. All but the cgroup namespace: from within it the helper
 /// could not clone into the container's cgroup, as its own lies outside (cgroup v2, "nsdelegate").
+/// And not the user namespace, from within which none of another owner can be joined.
 const JOINED: ThreadNameSpaceType = ThreadNameSpaceType::MOUNT
     .union(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME)
     .union(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION)
@@ -57,6 +58,9 @@ fn work(channel: &Channel) -> Result<()> {
         adjust_oom_score(process.oom_score_adjust)?;
         if process.user_namespace {
             user_namespace::open_streams(&descriptors.streams);
+            for limit in &process.limits {
+                limit.raise()?;
+            }
         }
     } else {
         adjust_oom_score(pod_init::OOM_SCORE)?;
@@ -130,14 +134,9 @@ fn join(job: &Job, descriptors: &Descriptors) -> Result<u64> {
                 .filter(|kind| !matches!(kind, Namespace::Cgroup | Namespace::User))
                 .fold(0, |flags, kind| flags | kind.flag()))
         }
-        Job::Exec(plan) => {
+        Job::Exec(_) => {
             if let Some(init) = &descriptors.init {
-                // The kernel refuses to enter the user namespace that one is in.
-                let user = match plan.user_namespace {
-                    true => ThreadNameSpaceType::USER,
-                    false => ThreadNameSpaceType::empty(),
-                };
-                move_into_thread_name_spaces(init.as_fd(), JOINED | user)
+                move_into_thread_name_spaces(init.as_fd(), JOINED)
                     .context(|| "join the container's namespaces")?;
             }
             Ok(0)

@@ -63,7 +63,7 @@ pub(super) fn container(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Agen
 
 /// Executes a program in a container that the helper has joined. Only returns on failure.
 pub(super) fn exec(plan: &ProcessPlan, inherited: &Inherited<'_>) -> AgentError {
-    match join_cgroup_namespace(inherited).and_then(|()| open_terminal(plan)) {
+    match join_last_namespaces(plan, inherited).and_then(|()| open_terminal(plan)) {
         Ok(terminal) => execute(plan, inherited, terminal, None),
         Err(error) => error,
     }
@@ -82,7 +82,8 @@ fn build(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Result<Option<Termi
         plan.set_hostname()?;
     }
     let user_namespace = plan.process.user_namespace;
-    let root = rootfs::build(&plan.rootfs, &inherited.prepared, user_namespace)?;
+    let rootfs = rootfs::build(&plan.rootfs, &inherited.prepared, user_namespace)?;
+    let root = &rootfs.root;
     if !plan.hooks.create_runtime.is_empty() {
         inherited.report_and_wait(&Report::Mounted, &[])?;
     }
@@ -97,19 +98,27 @@ fn build(plan: &ContainerPlan, inherited: &Inherited<'_>) -> Result<Option<Termi
     masks::protect(root.as_fd(), &plan.rootfs.readonly_paths)?;
     masks::mask(root.as_fd(), &plan.rootfs.masked)?;
     umask(Mode::from_raw_mode(0o022));
-    make_cwd(&root, &plan.process.cwd)?;
-    rootfs::enter(&root, &plan.rootfs)?;
+    make_cwd(root, &plan.process.cwd)?;
+    rootfs.finish()?;
+    rootfs::enter(root, &plan.rootfs)?;
     Ok(terminal)
 }
 
-fn join_cgroup_namespace(inherited: &Inherited<'_>) -> Result<()> {
+/// Joins what the helper could not. In one step: who is in the user namespace has no right any more
+/// to join a cgroup namespace of the guest's.
+fn join_last_namespaces(plan: &ProcessPlan, inherited: &Inherited<'_>) -> Result<()> {
     let Some(init) = &inherited.init else {
         return Err(AgentError::internal(
             "the container's first process is missing",
         ));
     };
-    move_into_thread_name_spaces(init.as_fd(), ThreadNameSpaceType::CONTROL_GROUP)
-        .context(|| "join the container's cgroup namespace")
+    // The kernel refuses to enter the user namespace that one is in.
+    let user = match plan.user_namespace {
+        true => ThreadNameSpaceType::USER,
+        false => ThreadNameSpaceType::empty(),
+    };
+    move_into_thread_name_spaces(init.as_fd(), ThreadNameSpaceType::CONTROL_GROUP | user)
+        .context(|| "join the container's cgroup and user namespaces")
 }
 
 fn open_terminal(plan: &ProcessPlan) -> Result<Option<Terminal>> {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The container's file system: its root, its mounts and devices, and the way in.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -15,8 +16,16 @@ use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 use crate::sys::mount::{Attributes, set_attributes};
 
-/// Builds the root in this mount namespace, which is the container's own. The descriptor is the
-/// root folder; everything else is resolved from it.
+/// A container's file system that is built, and not entered yet.
+#[derive(Debug)]
+pub(super) struct Rootfs {
+    /// The root folder; everything else is resolved from it.
+    pub(super) root: OwnedFd,
+    /// Mounts that become read-only once the files and mount points in them are made.
+    read_only: Vec<OwnedFd>,
+}
+
+/// Builds the root in this mount namespace, which is the container's own.
 ///
 /// # Errors
 ///
@@ -25,7 +34,7 @@ pub(super) fn build(
     plan: &RootfsPlan,
     prepared: &Prepared,
     user_namespace: bool,
-) -> Result<OwnedFd> {
+) -> Result<Rootfs> {
     // Nothing that is mounted from here on may appear in the agent's namespace.
     mount_change(
         "/",
@@ -37,10 +46,13 @@ pub(super) fn build(
         // Not before: the way to the root may be the guest's alone.
         user::become_root()?;
     }
+    let mut read_only = Vec::new();
     let mut ready = prepared.mounts.iter();
     for entry in &plan.mounts {
         let ready = ready.next().and_then(Option::as_ref);
-        mount_one(root.as_fd(), entry, ready).map_err(|error| entry.failed(&error))?;
+        let unfinished =
+            mount_one(root.as_fd(), entry, ready).map_err(|error| entry.failed(&error))?;
+        read_only.extend(unfinished);
     }
     // A /dev of the guest or of the runtime is left as it is.
     let dev = Path::new("/dev");
@@ -50,7 +62,21 @@ pub(super) fn build(
     } else {
         devices::create(root.as_fd(), &plan.devices, prepared.nodes.as_deref())?;
     }
-    Ok(root)
+    Ok(Rootfs { root, read_only })
+}
+
+impl Rootfs {
+    /// Takes no more files: mounts that are to be read-only are from here on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(super) fn finish(&self) -> Result<()> {
+        for mount in &self.read_only {
+            make_read_only(mount).context(|| "make a mount read-only")?;
+        }
+        Ok(())
+    }
 }
 
 /// Makes `root` the root of this process and of the mount namespace.
@@ -58,7 +84,7 @@ pub(super) fn build(
 /// # Errors
 ///
 /// The kernel's.
-pub(crate) fn enter(root: &OwnedFd, plan: &RootfsPlan) -> Result<()> {
+pub(super) fn enter(root: &OwnedFd, plan: &RootfsPlan) -> Result<()> {
     let context = || format!("change root to {:?}", plan.path);
     // The old root ends up on top of the new one, from where it can be unmounted without a folder
     // to put it in.
@@ -87,13 +113,17 @@ pub(crate) fn enter(root: &OwnedFd, plan: &RootfsPlan) -> Result<()> {
             .context(|| "set the root's propagation")?;
     }
     if plan.readonly {
-        let attributes = Attributes {
-            set: libc::MOUNT_ATTR_RDONLY,
-            ..Attributes::default()
-        };
-        set_attributes(root.as_fd(), attributes, false).context(|| "make the root read-only")?;
+        make_read_only(root).context(|| "make the root read-only")?;
     }
     Ok(())
+}
+
+fn make_read_only(mount: &OwnedFd) -> io::Result<()> {
+    let attributes = Attributes {
+        set: libc::MOUNT_ATTR_RDONLY,
+        ..Attributes::default()
+    };
+    set_attributes(mount.as_fd(), attributes, false)
 }
 
 /// The root folder as a mount of its own, as `pivot_root(2)` and a read-only root need it.
@@ -114,18 +144,20 @@ fn attach_root(path: &Path) -> Result<OwnedFd> {
     Ok(root)
 }
 
-fn mount_one(root: BorrowedFd<'_>, entry: &MountPlan, ready: Option<&OwnedFd>) -> Result<()> {
+/// Carries out one entry. The result is the mount if it has yet to become read-only.
+fn mount_one(
+    root: BorrowedFd<'_>,
+    entry: &MountPlan,
+    ready: Option<&OwnedFd>,
+) -> Result<Option<OwnedFd>> {
     if entry.options.remount {
         let place = mount::open_in_root(root, &entry.destination).context(|| "look it up")?;
-        return mount::remount(&place, &entry.options);
+        return mount::remount(&place, &entry.options).map(|()| None);
     }
-    let made;
+    let mut made = None;
     let mount = match ready {
         Some(ready) => ready,
-        None => {
-            made = make(entry)?;
-            &made
-        }
+        None => made.insert(make(entry, covered_mode(root, entry))?),
     };
     let target =
         match FileType::from_raw_mode(fstat(mount).context(|| "look at the source")?.st_mode) {
@@ -141,10 +173,16 @@ fn mount_one(root: BorrowedFd<'_>, entry: &MountPlan, ready: Option<&OwnedFd>) -
     if entry.options.copy_up {
         mount::copy_up(&destination, mount).context(|| "tmpcopyup")?;
     }
-    mount::attach(mount, destination.as_fd(), &entry.options)
+    mount::attach(mount, destination.as_fd(), &entry.options)?;
+    Ok(made.filter(|_| is_filled(entry) && entry.options.read_only()))
 }
 
-fn make(entry: &MountPlan) -> Result<OwnedFd> {
+/// Makes the entry's mount, detached; a tmpfs with the mode `covered` unless the entry has one.
+///
+/// # Errors
+///
+/// The kernel's reason.
+pub(super) fn make(entry: &MountPlan, covered: Option<Mode>) -> Result<OwnedFd> {
     if entry.options.bind {
         return mount::bind(&PathBuf::from(&entry.source), &entry.options);
     }
@@ -159,6 +197,16 @@ fn make(entry: &MountPlan) -> Result<OwnedFd> {
         &entry.source
     };
     let mut options = entry.options.clone();
+    if is_filled(entry) {
+        options = options.writable();
+    }
+    match covered {
+        Some(mode) if !options.has_parameter("mode") => {
+            let mode = format!("{:o}", mode.as_raw_mode());
+            options.parameters.push(("mode".to_owned(), Some(mode)));
+        }
+        _ => {}
+    }
     if kind == "cgroup2" {
         // From the guest's own cgroup namespace a mount sets these for the whole guest, or clears them.
         for flag in ["nsdelegate", "memory_recursiveprot"] {
@@ -166,6 +214,21 @@ fn make(entry: &MountPlan) -> Result<OwnedFd> {
         }
     }
     mount::filesystem(kind, source, &options)
+}
+
+/// Whether the container's files and mount points are made in the new file system.
+fn is_filled(entry: &MountPlan) -> bool {
+    let dev = Path::new("/dev");
+    !entry.options.bind && (entry.kind == "tmpfs" || entry.destination == dev)
+}
+
+/// The mode of the folder that a tmpfs covers, which it takes over as with other runtimes.
+fn covered_mode(root: BorrowedFd<'_>, entry: &MountPlan) -> Option<Mode> {
+    if entry.kind != "tmpfs" || entry.options.bind {
+        return None;
+    }
+    let folder = mount::open_in_root(root, &entry.destination).ok()?;
+    Some(Mode::from_raw_mode(fstat(&folder).ok()?.st_mode))
 }
 
 /// A link in place of /proc or /sys would carry the kernel's files past the masks that are laid

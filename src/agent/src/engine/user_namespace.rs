@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::devices::{self, Node};
 use super::plan::{ContainerPlan, MountPlan, Namespace};
+use super::rootfs;
 use crate::error::{AgentError, Context as _, Result};
 use crate::mount::{self, MountOptions, Target};
 use crate::sys;
@@ -122,9 +123,6 @@ pub(super) fn enter(
         prepared.mounts.push(mount);
     }
     prepared.nodes = Some(nodes(plan)?);
-    for limit in &plan.process.limits {
-        limit.raise()?;
-    }
     move_into_link_name_space(namespace, Some(LinkNameSpaceType::User))
         .context(|| "enter the user namespace")?;
     Ok(prepared)
@@ -175,16 +173,17 @@ fn prepare(
         return Ok(None);
     }
     let shared = |kind| !plan.new_namespaces.contains(&kind);
-    let mount = if entry.options.bind {
-        mount::bind(entry.source.as_ref(), &entry.options)?
-    } else {
-        match entry.kind.as_str() {
-            "mqueue" if shared(Namespace::Ipc) => {}
-            "sysfs" if shared(Namespace::Network) => {}
-            _ => return Ok(None),
-        }
-        mount::filesystem(&entry.kind, &entry.source, &entry.options)?
-    };
+    let wanted = entry.options.bind
+        || match entry.kind.as_str() {
+            "mqueue" => shared(Namespace::Ipc),
+            "sysfs" => shared(Namespace::Network),
+            "cgroup" | "cgroup2" => shared(Namespace::Cgroup),
+            _ => false,
+        };
+    if !wanted {
+        return Ok(None);
+    }
+    let mount = rootfs::make(entry, None)?;
     mount::map_ids(&mount, &entry.options, namespace)?;
     Ok(Some(mount))
 }

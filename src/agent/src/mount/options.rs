@@ -101,6 +101,24 @@ impl MountOptions {
         Ok(())
     }
 
+    /// Whether a new mount is to be read-only.
+    pub(crate) fn read_only(&self) -> bool {
+        (self.set | self.recursive_set) & libc::MOUNT_ATTR_RDONLY != 0
+    }
+
+    /// The same, but that the mount can be written to.
+    #[must_use]
+    pub(crate) fn writable(mut self) -> Self {
+        self.set &= !libc::MOUNT_ATTR_RDONLY;
+        self.recursive_set &= !libc::MOUNT_ATTR_RDONLY;
+        self
+    }
+
+    /// Whether a parameter of the file system was given.
+    pub(crate) fn has_parameter(&self, name: &str) -> bool {
+        self.parameters.iter().any(|(key, _)| key == name)
+    }
+
     /// Attributes of the mount itself.
     pub(crate) fn attributes(&self) -> Attributes {
         Attributes {

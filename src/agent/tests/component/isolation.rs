@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use protobuf::MessageField;
 use protocols::agent::oci;
 
@@ -342,16 +342,27 @@ async fn an_exec_is_in_the_same_container() -> Result<()> {
 }
 
 /// A pod's containers share the machine's network and the pod's names, which the user namespace of
-/// one of them does not own.
+/// one of them does not own. Nor does it own the cgroup namespace, if the container has none.
 #[tokio::test]
 async fn a_user_namespace_in_a_pod() -> Result<()> {
+    for shared in [&["network"][..], &["network", "cgroup"]] {
+        user_namespace_with(shared)
+            .await
+            .with_context(|| format!("shared: {shared:?}"))?;
+    }
+    Ok(())
+}
+
+async fn user_namespace_with(shared: &[&str]) -> Result<()> {
     let rig = Rig::new().await?;
     let script = "id -u; hostname; ls /sys/class/net; grep -c mqueue /proc/mounts; \
-                  cat /proc/self/uid_map | tr -s ' '; sleep 1000";
+                  grep -c ' cgroup2 ' /proc/mounts; cat /proc/self/uid_map | tr -s ' '; sleep 1000";
     let mut spec = rig.spec("a", &["sh", "-c", script])?;
     fs::create_dir(rig.share("a/run"))?;
     let linux = linux_of(&mut spec);
-    linux.Namespaces.retain(|it| it.Type != "network");
+    linux
+        .Namespaces
+        .retain(|it| !shared.contains(&it.Type.as_str()));
     linux.Namespaces.push(oci::LinuxNamespace {
         Type: "user".to_owned(),
         ..oci::LinuxNamespace::default()
@@ -369,15 +380,23 @@ async fn a_user_namespace_in_a_pod() -> Result<()> {
     while !text.ends_with("65536\n") {
         text.push_str(&String::from_utf8(rig.read_once("a", "", false).await?)?);
     }
-    assert_eq!(text, "0\nbox\nlo\n1\n 0 300000 65536\n");
+    assert_eq!(text, "0\nbox\nlo\n1\n1\n 0 300000 65536\n");
 
     let own = fs::read_link("/proc/self/ns/user")?;
     // An exec is in the same namespace, whoever its user is.
     for (uid, terminal) in [(0, false), (1000, false), (1000, true)] {
-        let script = "id -u; echo out > /dev/stdout; readlink /proc/self/ns/user";
+        let script = "id -u; echo out > /dev/stdout; readlink /proc/self/ns/user; \
+                      grep realtime.priority /proc/self/limits";
         let mut exec = process(&["sh", "-c", script]);
         exec.Terminal = terminal;
         exec.User.mut_or_insert_default().UID = uid;
+        // Above the agent's own: nobody in a user namespace may raise it.
+        exec.Rlimits.push(oci::POSIXRlimit {
+            Type: "RLIMIT_RTPRIO".to_owned(),
+            Soft: 7,
+            Hard: 77,
+            ..oci::POSIXRlimit::default()
+        });
         let name = format!("e{uid}{terminal}");
         rig.exec("a", &name, exec).await?;
         let outcome = rig.outcome("a", &name).await?;
@@ -385,6 +404,8 @@ async fn a_user_namespace_in_a_pod() -> Result<()> {
         assert_eq!(outcome.stderr, "");
         assert!(seen.starts_with(&format!("{uid}\nout\nuser:[")), "{seen}");
         assert!(!seen.contains(&*own.to_string_lossy()), "{seen}");
+        let limits: Vec<_> = seen.split_whitespace().rev().take(2).collect();
+        assert_eq!(limits, ["77", "7"], "{seen}");
     }
     Ok(())
 }
