@@ -10,6 +10,7 @@
 )]
 
 mod cgroup;
+mod compat;
 mod console;
 mod exec;
 mod lifecycle;
