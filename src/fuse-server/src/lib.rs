@@ -36,6 +36,7 @@ mod options;
 mod proc;
 pub mod protocol;
 mod quota;
+mod removals;
 mod server;
 mod session;
 mod syscall;

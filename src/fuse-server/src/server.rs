@@ -24,6 +24,7 @@ use crate::protocol::{
     OutHeader, StatfsOut, StatxOut, Wire, WriteIn, WriteOut,
 };
 use crate::quota::Quota;
+use crate::removals::Removals;
 use crate::session::{Session, joined};
 use crate::worker::{MAX_ARGUMENTS, Worker};
 
@@ -37,6 +38,7 @@ pub struct Server {
     pub(crate) cache_below: Vec<(Key, Cache)>,
     pub(crate) handles: Handles,
     pub(crate) quota: Quota,
+    pub(crate) removals: Removals,
     session: RwLock<Option<Session>>,
     complaints: Complaints,
 }
@@ -92,6 +94,7 @@ impl Server {
             cache_below,
             handles: Handles::default(),
             quota,
+            removals: Removals::default(),
             session: RwLock::default(),
             complaints: Complaints::default(),
         })
@@ -122,7 +125,9 @@ impl Server {
         };
         let opcode = Opcode::from_number(header.opcode);
         let outcome = match opcode {
-            Some(opcode) => self.serve(opcode, header, worker, request, reply),
+            Some(opcode) => self
+                .removals
+                .with_room(|| self.serve(opcode, header, worker, request, reply)),
             None => Err(Errno::NOSYS),
         };
         if matches!(

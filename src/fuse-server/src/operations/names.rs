@@ -22,6 +22,7 @@ impl Server {
             AtFlags::empty()
         };
         unlinkat(&parent, name, flags)?;
+        self.removals.note();
         Ok(0)
     }
 
@@ -53,6 +54,7 @@ impl Server {
         } else {
             rename()?;
         }
+        self.removals.note();
         Ok(0)
     }
 
