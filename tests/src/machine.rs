@@ -389,6 +389,7 @@ struct Told {
 
 /// Hands on what the VMM reports, until it is gone.
 fn watch(process: &VmmProcess, told: &Told) {
+    let mut ended = None;
     while let Ok((event, mut files)) = process.next_event() {
         match event {
             Event::Connection { port } => {
@@ -397,7 +398,7 @@ fn watch(process: &VmmProcess, told: &Told) {
                 }
             }
             Event::Exited { reason, console } => {
-                let _ = told.ended.send(Ended { reason, console });
+                ended = Some(Ended { reason, console });
             }
             Event::Done => {
                 let _ = told.answered.send(Ok(None));
@@ -413,6 +414,10 @@ fn watch(process: &VmmProcess, told: &Told) {
             }
             Event::Milestone { .. } => {}
         }
+    }
+    // With the process, which has written everything by then.
+    if let Some(ended) = ended {
+        let _ = told.ended.send(ended);
     }
 }
 

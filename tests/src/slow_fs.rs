@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A file system with a folder that a runtime waits for: a FUSE server of few words.
+//! A file system with folders that a runtime waits for: a FUSE server of few words.
 //!
 //! containerd itself looks at a volume before it asks the runtime for it, and gets its answer. What a
 //! runtime asks is answered once the test says so. Layouts: fuse(4), `linux/fuse.h`.
@@ -18,8 +18,8 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::wait::until;
 
-/// The folder's name.
-const NAME: &[u8] = b"slow\0";
+/// What the folders' names begin with.
+const NAME: &[u8] = b"slow";
 /// Programs that wait, by a part of their names.
 const RUNTIMES: [&str; 2] = ["containerd-shim", "runc"];
 
@@ -101,10 +101,16 @@ impl SlowFs {
     /// Waits until a runtime waits; fails at once when `given_up` says that none will.
     pub fn wait_for_a_runtime(&self, limit: Duration, given_up: impl Fn() -> bool) -> Result<()> {
         until("a runtime at the slow file system", limit, || {
-            let waits = !self.shared.state().held.is_empty();
+            let waits = self.waiting() > 0;
             ensure!(waits || !given_up(), "none will come");
             Ok(waits.then_some(()))
         })
+    }
+
+    /// How many requests of runtimes wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.state().held.len()
     }
 
     /// Answers those who wait, and everybody from now on.
@@ -158,7 +164,7 @@ fn answer(request: &[u8]) -> Option<(Vec<u8>, bool)> {
     let mut waits = false;
     let outcome = match opcode {
         INIT => Ok(init()),
-        LOOKUP if node == ROOT && body == NAME => {
+        LOOKUP if node == ROOT && body.starts_with(NAME) => {
             waits = is_runtime(pid);
             // The name is looked up each time: nothing about it may be kept.
             Ok([&SLOW.to_le_bytes()[..], &[0; 32], &attributes(SLOW)].concat())
@@ -184,9 +190,9 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(field.try_into().ok()?))
 }
 
-/// Version 7.31, no options.
+/// Version 7.31, and look-ups side by side (`FUSE_PARALLEL_DIROPS`).
 fn init() -> Vec<u8> {
-    let words = [7_u32, 31, 0, 0, 0x0010_0010, 4096, 1];
+    let words = [7_u32, 31, 0, 1 << 18, 0x0010_0010, 4096, 1];
     let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     body.resize(64, 0);
     body

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -168,6 +169,20 @@ impl VmmProcess {
     pub fn kill(&self) {
         // The only failure is that it has ended.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Waits until the process has ended, no longer than `limit`.
+    #[must_use]
+    pub fn wait_for(&self, limit: Duration) -> Option<ExitStatus> {
+        let status = self
+            .end
+            .status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let running = |status: &mut Option<ExitStatus>| status.is_none();
+        let waited = self.end.known.wait_timeout_while(status, limit, running);
+        let (status, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *status
     }
 
     /// Waits until the process has ended.

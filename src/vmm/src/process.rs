@@ -102,9 +102,13 @@ fn serve(reporter: &Arc<Reporter>) -> Result<(), ProcessError> {
     };
     match wait(reporter, &machine) {
         Ok(reason) => {
-            let console = machine.stop();
-            let exited = Event::Exited { reason, console };
-            Ok(reporter.channel.send(&exited, &[])?)
+            let console = machine.halt();
+            // Told before the devices end, which may wait for the host for ever.
+            let told = reporter
+                .channel
+                .send(&Event::Exited { reason, console }, &[]);
+            machine.close();
+            Ok(told?)
         }
         Err(error) => {
             machine.abandon();

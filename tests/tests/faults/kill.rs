@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! kill -9 of every process behind a container, and of the guest itself, at several moments.
 
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tests::ctr::{Ctr, LIMIT};
 use tests::process::Running;
 use tests::procs;
 use tests::scenario::{Outcome, scenario, vm_scenario};
+use tests::slow_fs::SlowFs;
 use tests::wait::until;
 
 /// Where containerd keeps the bundles of running containers.
@@ -136,6 +138,44 @@ fn the_guest_s_kernel() -> Outcome {
         running.wait_for_stdout("up", LIMIT)?;
         let output = running.finish(LIMIT)?;
         ensure!(output.code != Some(0), "{output}\nexpected a failure");
+        works_again(ctr, id)
+    })
+}
+
+/// A volume that hangs takes nothing else along: the other files go on, and a guest that dies has
+/// ended, though its device still waits for the host.
+#[test]
+fn the_guest_s_kernel_while_a_volume_hangs() -> Outcome {
+    vm_scenario("the_guest_s_kernel_while_a_volume_hangs", |ctr| {
+        const HANG: usize = 10;
+        let id = "kill-hung-volume";
+        let folder = tempfile::tempdir_in("/run")?;
+        let slow = SlowFs::mount(&folder.path().join("volume"))?;
+        let script = format!(
+            "echo 2 > /proc/sys/vm/panic_on_oom; for n in $(seq {HANG}); do ls /volume/slow$n & done; \
+             until test -e /now; do sleep 0.1; done; echo served; \
+             until test -e /end; do sleep 0.1; done; exec tail /dev/zero"
+        );
+        let bundle = Bundle::new(ctr, &script)?
+            .privileged(&[])
+            .with_mount(json!({
+                "destination": "/volume", "type": "bind", "source": folder.path().join("volume"),
+                "options": ["rbind", "rw"],
+            }))
+            .with(json!({ "linux": {
+                "cgroupsPath": format!("/default/{id}"),
+                "resources": { "memory": { "limit": 32 << 20 } },
+            }}));
+        let running = ctr.start_config(&bundle.write()?, id)?;
+        until("all that shall hang", LIMIT, || {
+            Ok((slow.waiting() == HANG).then_some(()))
+        })?;
+        fs::write(bundle.root().join("now"), "")?;
+        running.wait_for_stdout("served", LIMIT)?;
+        fs::write(bundle.root().join("end"), "")?;
+        let output = running.finish(LIMIT)?;
+        ensure!(output.code != Some(0), "{output}\nexpected a failure");
+        slow.release();
         works_again(ctr, id)
     })
 }

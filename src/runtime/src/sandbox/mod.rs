@@ -209,14 +209,13 @@ impl Sandbox {
         let Some(journal) = journal.take() else {
             return Ok(());
         };
-        let mut stopped = Ok(());
-        if !self.vm.has_ended() {
-            // What the guest has not written yet would be lost with it.
-            if let Err(error) = self.agent.destroy_sandbox(GOODBYE).await {
-                debug!(sandbox = self.id, error = error.chain(), "no orderly end");
-            }
-            stopped = self.vm.stop().await.map(drop);
+        // What the guest has not written yet would be lost with it.
+        if !self.vm.has_ended()
+            && let Err(error) = self.agent.destroy_sandbox(GOODBYE).await
+        {
+            debug!(sandbox = self.id, error = error.chain(), "no orderly end");
         }
+        let stopped = self.vm.stop().await.map(drop);
         // Waits for mounts in progress, so not here.
         let share = Arc::clone(&self.share);
         let closed = spawn_blocking(move || share.close())

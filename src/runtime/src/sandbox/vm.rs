@@ -86,6 +86,8 @@ pub(crate) struct Vm {
     turn: tokio::sync::Mutex<()>,
     ready: watch::Receiver<bool>,
     ended: watch::Receiver<Option<Ended>>,
+    /// Whether the process is gone, too.
+    gone: watch::Receiver<bool>,
     /// What the guest has now, once it has anything but what it booted with.
     size: watch::Receiver<Option<Size>>,
 }
@@ -123,6 +125,7 @@ impl Vm {
         let process = Arc::new(spawned.internal(context)?);
         let (ready_sender, ready) = watch::channel(false);
         let (ended_sender, ended) = watch::channel(None);
+        let (gone_sender, gone) = watch::channel(false);
         let (size_sender, size) = watch::channel(None);
         let vm = Self {
             process,
@@ -130,6 +133,7 @@ impl Vm {
             turn: tokio::sync::Mutex::default(),
             ready,
             ended,
+            gone,
             size,
         };
         let listener = Listener {
@@ -137,6 +141,7 @@ impl Vm {
             pending: Arc::clone(&vm.pending),
             ready: ready_sender,
             ended: ended_sender,
+            gone: gone_sender,
             size: size_sender,
         };
         thread::Builder::new()
@@ -161,6 +166,15 @@ impl Vm {
     fn without_end() -> Self {
         let mut command = Command::new("sh");
         command.args(["-c", "exec 3<&0; cat <&3 & exec sleep 1000"]);
+        Self::spawn(command, None).unwrap()
+    }
+
+    /// One that says what is in the file `packet`, and stays.
+    #[cfg(test)]
+    fn that_stays(packet: &std::path::Path) -> Self {
+        let mut command = Command::new("sh");
+        let script = "cat \"$0\" >&0; exec sleep 1000";
+        command.args(["-c", script]).arg(packet);
         Self::spawn(command, None).unwrap()
     }
 
@@ -303,22 +317,31 @@ impl Vm {
         }
     }
 
+    /// Waits for the end of the machine and of its process.
+    async fn gone(&self) -> Ended {
+        // The listener reports before it goes.
+        let _ = self.gone.clone().wait_for(|gone| *gone).await;
+        self.ended().await
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.borrow().is_some()
     }
 
     /// Stops the machine and waits until its process is gone.
     pub(crate) async fn stop(&self) -> Result<Ended> {
-        if let Err(error) = self.request(&Request::Stop, &[]) {
+        if !self.has_ended()
+            && let Err(error) = self.request(&Request::Stop, &[])
+        {
             debug!(error = error.chain(), "stop");
         }
-        if let Ok(ended) = timeout(STOP_TIMEOUT, self.ended()).await {
+        if let Ok(ended) = timeout(STOP_TIMEOUT, self.gone()).await {
             return Ok(ended);
         }
         let pid = self.pid();
         error!(pid, "the virtual machine monitor does not stop: killed");
         self.process.kill();
-        timeout(KILL_TIMEOUT, self.ended())
+        timeout(KILL_TIMEOUT, self.gone())
             .await
             .context(Kind::DeadlineExceeded, || {
                 format!(
@@ -362,6 +385,7 @@ struct Listener {
     pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
     ready: watch::Sender<bool>,
     ended: watch::Sender<Option<Ended>>,
+    gone: watch::Sender<bool>,
     size: watch::Sender<Option<Size>>,
 }
 
@@ -396,6 +420,7 @@ impl Listener {
                         reason: describe(&reason),
                         console,
                     });
+                    break;
                 }
                 Err(ClientError::Channel(ChannelError::Closed)) => break,
                 Err(error) => {
@@ -405,11 +430,19 @@ impl Listener {
                 }
             }
         }
-        let status = self.process.wait();
-        let ended = ended.unwrap_or_else(|| Ended {
-            reason: failure.unwrap_or_else(|| died(status)),
-            console: String::new(),
-        });
+        let ended = match ended {
+            Some(ended) => {
+                self.hurry();
+                ended
+            }
+            None => {
+                let status = self.process.wait();
+                Ended {
+                    reason: failure.unwrap_or_else(|| died(status)),
+                    console: String::new(),
+                }
+            }
+        };
         info!(reason = ended.reason, "the virtual machine ended");
         self.ended.send_replace(Some(ended));
         // Nobody answers any more.
@@ -417,6 +450,25 @@ impl Listener {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        let _ = self.process.wait();
+        self.gone.send_replace(true);
+    }
+
+    /// Waits, not for ever, for the process of a guest that has ended. Its devices may wait for a
+    /// file system of the host that hangs, which the guest's containers must not: they have ended.
+    fn hurry(&self) {
+        if self.process.wait_for(STOP_TIMEOUT).is_some() {
+            return;
+        }
+        let pid = self.process.pid();
+        error!(pid, "the virtual machine monitor does not end: killed");
+        self.process.kill();
+        if self.process.wait_for(KILL_TIMEOUT).is_none() {
+            error!(
+                pid,
+                "the virtual machine monitor does not end when it is killed"
+            );
+        }
     }
 
     fn answer(&self, result: Answer) {
@@ -433,7 +485,35 @@ impl Listener {
 
 #[cfg(test)]
 mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use vmm::control::{Channel, ExitReason};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_guest_that_has_ended_does_not_wait_for_its_devices() {
+        let pair = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        );
+        let (ours, theirs) = pair.unwrap();
+        let exited = Event::Exited {
+            reason: ExitReason::Panic,
+            console: "last words".to_owned(),
+        };
+        Channel::new(ours).send(&exited, &[]).unwrap();
+        let mut packet = [0; 1024];
+        let length = rustix::io::read(&theirs, &mut packet).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, packet.get(..length).unwrap()).unwrap();
+
+        let vm = Vm::that_stays(file.path());
+        let ended = timeout(Duration::from_secs(10), vm.ended()).await.unwrap();
+        assert_eq!(ended.console, "last words");
+        assert!(!vm.stop().await.unwrap().describe().contains("signal"));
+    }
 
     #[tokio::test]
     async fn a_machine_that_does_not_end_is_not_waited_for_for_ever() {

@@ -62,7 +62,7 @@ pub enum Request {
     /// Gives the machine another generation ID, as one has that was made of another's state. Done
     /// means that the guest has been told.
     RenewGeneration,
-    /// Ends the VM at once; devices flush what they hold. `Event::Exited` follows.
+    /// Ends the VM at once. `Event::Exited` follows.
     Stop,
 }
 
@@ -234,7 +234,7 @@ pub enum Event {
     },
     /// The machine's size has changed.
     Size(Size),
-    /// The VM is gone. The last event; the process ends after it.
+    /// The guest has ended. The last event: the devices write what they hold, then the process ends.
     Exited {
         /// Why.
         reason: ExitReason,

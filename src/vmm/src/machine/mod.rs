@@ -303,17 +303,20 @@ impl Machine {
         self.generation.renew().map_err(MachineError::Generation)
     }
 
-    /// Ends the machine: vCPUs first, then the devices, which finish what they have begun. Returns
-    /// the last console output.
+    /// Ends the vCPUs, and so the guest. Returns the last console output.
     #[must_use]
-    pub fn stop(self) -> String {
+    pub fn halt(&self) -> String {
         self.vcpus.stop();
-        self.slots.reset();
         self.serial.tail()
     }
 
-    /// Ends the vCPUs and leaves everything else to the end of the process, which must follow: a
-    /// device may wait on the host for ever.
+    /// Ends the devices of a machine that was halted: they finish what they have begun, however long
+    /// the host takes.
+    pub fn close(self) {
+        self.slots.reset();
+    }
+
+    /// Ends the vCPUs and leaves everything else to the end of the process, which must follow.
     pub fn abandon(self) {
         self.vcpus.stop();
         mem::forget(self);

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use super::{MachineError, MachineEvents};
 use crate::arch::x86_64::layout;
@@ -111,11 +112,18 @@ impl Slots {
         })
     }
 
-    /// Resets all devices: none touches guest memory any more.
+    /// Resets all devices: none touches guest memory any more. Side by side: one may wait for the
+    /// host for ever, and another holds the connections that the owner waits for.
     pub(super) fn reset(&self) {
-        for plugged in &*self.lock() {
-            plugged.function.reset();
-        }
+        let plugged = self.lock();
+        thread::scope(|scope| {
+            for plugged in &*plugged {
+                let reset = || plugged.function.reset();
+                if thread::Builder::new().spawn_scoped(scope, reset).is_err() {
+                    reset();
+                }
+            }
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Plugged>> {

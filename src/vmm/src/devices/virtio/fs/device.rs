@@ -2,6 +2,7 @@
 //! The device as its transport sees it.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -9,17 +10,15 @@ use fuse_server::{Options, ProcSelfFd, Server, ServerError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
-use super::pool;
-use crate::devices::virtio::{
-    ActivateError, Activation, DeviceType, VirtioDevice, Worker, read_config,
-};
+use super::pool::Pool;
+use crate::devices::virtio::{ActivateError, Activation, DeviceType, VirtioDevice, read_config};
 
 /// High-priority and request queue. Linux fits its largest request to the request queue's size: a
 /// page a descriptor and four for headers, so this allows 1 MiB.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 
-/// Threads on the request queue.
-const REQUEST_THREADS: usize = 4;
+/// Threads on the request queue, and how many there may be when the host hangs.
+const REQUEST_THREADS: RangeInclusive<usize> = 4..=64;
 
 /// Length of the mount tag, padded with zeroes (section 5.11.4).
 const TAG_LEN: usize = 36;
@@ -67,7 +66,7 @@ pub enum FsError {
 pub struct Fs {
     config: Vec<u8>,
     server: Arc<Server>,
-    workers: Vec<Worker>,
+    pools: Vec<Pool>,
 }
 
 impl Fs {
@@ -91,20 +90,21 @@ impl Fs {
         Ok(Self {
             config,
             server,
-            workers: Vec::new(),
+            pools: Vec::new(),
         })
     }
 
-    fn start(&self, mut activation: Activation) -> Result<Vec<Worker>, ActivateError> {
+    fn start(&self, mut activation: Activation) -> Result<Vec<Pool>, ActivateError> {
         let [high_priority, requests] = activation.take_queues()?;
         let start = |threads, queue| {
             let interrupt = &activation.interrupt;
-            pool::start(threads, queue, &activation.memory, interrupt, &self.server)
+            Pool::start(threads, queue, &activation.memory, interrupt, &self.server)
                 .map_err(ActivateError::Worker)
         };
-        let mut workers = start(1, high_priority)?;
-        workers.extend(start(REQUEST_THREADS, requests)?);
-        Ok(workers)
+        Ok(vec![
+            start(1..=1, high_priority)?,
+            start(REQUEST_THREADS, requests)?,
+        ])
     }
 }
 
@@ -127,15 +127,12 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.reset();
-        self.workers = self.start(activation)?;
+        self.pools = self.start(activation)?;
         Ok(())
     }
 
     fn reset(&mut self) {
-        // Each ends with the request that it is on.
-        for worker in self.workers.drain(..) {
-            worker.stop();
-        }
+        self.pools.clear();
         self.server.forget_session();
     }
 }

@@ -10,8 +10,10 @@
 //! A file operation may block for as long as the host's disk likes, so several threads serve the
 //! request queue, each taking one chain at a time: a slow read holds up one of them and no other
 //! request. The driver kicks only while a thread sleeps; while all are busy whoever finishes first
-//! takes what has come meanwhile. The high-priority queue, which carries what must not wait behind
-//! requests (FORGET), has a thread of its own.
+//! takes what has come meanwhile. As long as all of them wait for the host and none gets on, as at a
+//! network file system that hangs, threads are added, up to a bound: one volume must not take the
+//! whole tree along. The high-priority queue, which carries what must not wait behind requests
+//! (FORGET), has a thread of its own.
 //!
 //! | file | holds |
 //! | --- | --- |

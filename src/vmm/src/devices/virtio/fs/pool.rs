@@ -2,7 +2,10 @@
 //! Threads that share one queue.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use fuse_server::Server;
 use virtio_queue::{DescriptorChain, QueueT};
@@ -17,11 +20,18 @@ use crate::devices::virtio::{
 
 const KICK: u64 = 0;
 
+/// How long all threads may be at their requests before there is one more.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// A queue and those who serve it.
 #[derive(Debug)]
 struct Shared {
+    /// Of the threads.
+    name: String,
     kick: EventFd,
     ring: Mutex<Ring>,
+    /// For the watch.
+    none_idle: Condvar,
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
     server: Arc<Server>,
@@ -33,41 +43,83 @@ struct Ring {
     queue: ActiveQueue,
     /// Threads that wait for a kick.
     idle: usize,
+    /// Requests that were served so far. Wraps.
+    served: u64,
+    /// Whether the watch sleeps until no thread is idle.
+    watch_sleeps: bool,
+    /// Whether the watch is to end.
+    over: bool,
 }
 
-/// Starts `threads` threads that serve `active`.
-///
-/// # Errors
-/// A thread can't be had, or can't be what the server needs.
-pub(super) fn start(
-    threads: usize,
-    active: ActiveQueue,
-    memory: &GuestMemory,
-    interrupt: &Arc<dyn Interrupt>,
-    server: &Arc<Server>,
-) -> io::Result<Vec<Worker>> {
-    let name = format!("fs{}", active.index());
-    let shared = Arc::new(Shared {
-        kick: active.kick().try_clone()?,
-        ring: Mutex::new(Ring {
-            queue: active,
-            idle: threads,
-        }),
-        memory: memory.clone(),
-        interrupt: Arc::clone(interrupt),
-        server: Arc::clone(server),
-    });
-    // Whatever the driver did before there was anyone to kick.
-    shared.kick.write(1)?;
-    (0..threads)
-        .map(|_| {
-            let shared = Arc::clone(&shared);
-            Worker::spawn_with(&name, Arc::clone(interrupt), move || {
-                let worker = shared.server.worker()?;
-                Ok(Handler { shared, worker })
-            })
-        })
-        .collect()
+/// Threads that serve one queue.
+#[derive(Debug)]
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<Worker>,
+    /// Gives back the workers that it has added.
+    watch: Option<JoinHandle<Vec<Worker>>>,
+}
+
+impl Pool {
+    /// Starts as many threads as `threads` begins with. While all of them wait for the host, as for a
+    /// file system that hangs, there will be more of them, up to its end: the rest of the tree must
+    /// not hang with a part of it.
+    ///
+    /// # Errors
+    /// A thread can't be had, or can't be what the server needs.
+    pub(super) fn start(
+        threads: RangeInclusive<usize>,
+        active: ActiveQueue,
+        memory: &GuestMemory,
+        interrupt: &Arc<dyn Interrupt>,
+        server: &Arc<Server>,
+    ) -> io::Result<Self> {
+        let (first, most) = threads.into_inner();
+        let shared = Arc::new(Shared {
+            name: format!("fs{}", active.index()),
+            kick: active.kick().try_clone()?,
+            ring: Mutex::new(Ring {
+                queue: active,
+                idle: first,
+                served: 0,
+                watch_sleeps: false,
+                over: false,
+            }),
+            none_idle: Condvar::new(),
+            memory: memory.clone(),
+            interrupt: Arc::clone(interrupt),
+            server: Arc::clone(server),
+        });
+        // Whatever the driver did before there was anyone to kick.
+        shared.kick.write(1)?;
+        let mut pool = Self {
+            shared: Arc::clone(&shared),
+            workers: (0..first)
+                .map(|_| shared.add_worker())
+                .collect::<io::Result<_>>()?,
+            watch: None,
+        };
+        if let Some(more) = most.checked_sub(first).filter(|more| *more > 0) {
+            let watch = thread::Builder::new().name(format!("{}-watch", shared.name));
+            pool.watch = Some(watch.spawn(move || shared.watch(more))?);
+        }
+        Ok(pool)
+    }
+}
+
+impl Drop for Pool {
+    /// Each thread ends with the request that it is on.
+    fn drop(&mut self) {
+        self.shared.lock().over = true;
+        self.shared.none_idle.notify_one();
+        if let Some(watch) = self.watch.take() {
+            match watch.join() {
+                Ok(added) => self.workers.extend(added),
+                Err(_) => tracing::error!("the watch over a pool of threads had panicked"),
+            }
+        }
+        self.workers.clear();
+    }
 }
 
 /// One of the threads.
@@ -90,6 +142,10 @@ impl EventHandler for Handler {
         let memory = shared.memory.memory();
         let mut ring = shared.lock();
         ring.idle = ring.idle.saturating_sub(1);
+        if ring.idle == 0 && ring.watch_sleeps {
+            ring.watch_sleeps = false;
+            shared.none_idle.notify_one();
+        }
         self.serve(&shared, &memory, ring)
     }
 }
@@ -134,6 +190,52 @@ impl Handler {
 }
 
 impl Shared {
+    fn add_worker(self: &Arc<Self>) -> io::Result<Worker> {
+        let shared = Arc::clone(self);
+        Worker::spawn_with(&self.name, Arc::clone(&self.interrupt), move || {
+            let worker = shared.server.worker()?;
+            Ok(Handler { shared, worker })
+        })
+    }
+
+    /// Adds a thread whenever none is idle and none gets on, `more` at most. They stay.
+    fn watch(self: &Arc<Self>, more: usize) -> Vec<Worker> {
+        let mut added = Vec::new();
+        let mut ring = self.lock();
+        while !ring.over && added.len() < more {
+            ring.watch_sleeps = true;
+            let sleeps = |ring: &mut Ring| ring.idle > 0 && !ring.over;
+            let woken = self.none_idle.wait_while(ring, sleeps);
+            ring = woken.unwrap_or_else(PoisonError::into_inner);
+            ring.watch_sleeps = false;
+
+            let before = ring.served;
+            let waited = self
+                .none_idle
+                .wait_timeout_while(ring, PATIENCE, |ring| !ring.over);
+            (ring, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            if ring.over || ring.idle > 0 || ring.served != before {
+                continue;
+            }
+            drop(ring);
+            let outcome = self.add_worker();
+            ring = self.lock();
+            match outcome {
+                Ok(worker) => added.push(worker),
+                Err(error) => {
+                    tracing::warn!(%error, device = self.name, "no more threads for a file system that hangs");
+                    break;
+                }
+            }
+            ring.idle = ring.idle.saturating_add(1);
+            // Nobody has looked at the queue since the last thread went to its request.
+            if let Err(error) = self.kick.write(1) {
+                tracing::error!(%error, device = self.name, "can't wake a thread");
+            }
+        }
+        added
+    }
+
     fn lock(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -168,6 +270,7 @@ impl Shared {
         written: usize,
     ) -> Result<(), DeviceFault> {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
+        ring.served = ring.served.wrapping_add(1);
         ring.queue.complete(memory, head, written)?;
         ring.queue.signal(memory, &*self.interrupt)
     }
