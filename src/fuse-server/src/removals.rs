@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::call::Answer;
-
 /// How long after a removal its room may still come.
 const RECENT: Duration = Duration::from_secs(1);
 
@@ -20,64 +18,99 @@ const RECENT: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_millis(100);
 const STEP: Duration = Duration::from_millis(5);
 
-/// When a name was removed last.
+/// Names that were removed.
 #[derive(Debug, Default)]
-pub(crate) struct Removals(Mutex<Option<Instant>>);
+pub(crate) struct Removals {
+    /// When there was one last.
+    last: Mutex<Option<Instant>>,
+    /// Held by the request that waits.
+    waiting: Mutex<()>,
+}
 
 impl Removals {
     /// A name was removed, or replaced.
     pub(crate) fn note(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Does `operation`, and again for as long as only removed files may be in its way.
-    pub(crate) fn with_room(&self, mut operation: impl FnMut() -> Answer) -> Answer {
-        let mut outcome = operation();
-        let begin = Instant::now();
-        while matches!(outcome, Err(Errno::NOSPC | Errno::DQUOT))
-            && self.are_recent()
-            && begin.elapsed() < PATIENCE
-        {
-            thread::sleep(STEP);
-            outcome = operation();
+    /// Does `operation`, and again for as long as only removed files may be in its way. It must be one
+    /// that has no effect when it fails, and `repeats` agrees: an error that the host tells once, as
+    /// for what was written before, must reach the guest.
+    pub(crate) fn with_room<T>(
+        &self,
+        repeats: impl FnOnce() -> bool,
+        mut operation: impl FnMut() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let outcome = operation();
+        if !lacks_room(&outcome) || !self.are_recent() || !repeats() {
+            return outcome;
         }
-        outcome
+        // One at a time: all others' requests are served by few threads.
+        match self.waiting.try_lock() {
+            Ok(_turn) => again(PATIENCE, outcome, operation),
+            Err(_) => outcome,
+        }
     }
 
     fn are_recent(&self) -> bool {
-        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.is_some_and(|last| last.elapsed() < RECENT)
     }
+}
+
+fn lacks_room<T>(outcome: &Result<T, Errno>) -> bool {
+    matches!(outcome, Err(Errno::NOSPC | Errno::DQUOT))
+}
+
+/// Repeats what had this outcome until there is room, or patience is over.
+fn again<T>(
+    patience: Duration,
+    mut outcome: Result<T, Errno>,
+    mut operation: impl FnMut() -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    let begin = Instant::now();
+    while lacks_room(&outcome) && begin.elapsed() < patience {
+        thread::sleep(STEP);
+        outcome = operation();
+    }
+    outcome
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The outcome, and the number of tries, of what fails with `errno` until its third try.
-    fn tries(removals: &Removals, errno: Errno) -> (Answer, usize) {
-        let mut outcomes = [Err(errno), Err(errno), Ok(7)].into_iter();
-        let outcome = removals.with_room(|| outcomes.next().unwrap());
-        (outcome, 3_usize.saturating_sub(outcomes.len()))
+    const FULL: Result<u8, Errno> = Err(Errno::NOSPC);
+
+    /// Whether there was another try.
+    fn tried_again(removals: &Removals, first: Result<u8, Errno>, repeats: bool) -> bool {
+        let mut outcomes = [first, Ok(7)].into_iter();
+        let outcome = removals.with_room(|| repeats, || outcomes.next().unwrap());
+        assert_eq!(outcome, if outcomes.len() == 0 { Ok(7) } else { first });
+        outcomes.len() == 0
     }
 
     #[test]
     fn room_is_waited_for_after_a_removal_only() {
         let removals = Removals::default();
-        assert_eq!(tries(&removals, Errno::NOSPC), (Err(Errno::NOSPC), 1));
+        assert!(!tried_again(&removals, FULL, true));
         removals.note();
-        assert_eq!(tries(&removals, Errno::NOSPC), (Ok(7), 3));
-        assert_eq!(tries(&removals, Errno::DQUOT), (Ok(7), 3));
-        assert_eq!(tries(&removals, Errno::IO), (Err(Errno::IO), 1));
+        assert!(tried_again(&removals, FULL, true));
+        assert!(tried_again(&removals, Err(Errno::DQUOT), true));
+        assert!(!tried_again(&removals, Err(Errno::IO), true));
+        assert!(!tried_again(&removals, FULL, false));
+        let _turn = removals.waiting.lock().unwrap();
+        assert!(!tried_again(&removals, FULL, true));
     }
 
     #[test]
     fn room_is_not_waited_for_for_ever() {
-        let removals = Removals::default();
-        removals.note();
+        let mut outcomes = [FULL, FULL, Ok(7)].into_iter();
+        let patience = Duration::from_secs(100);
+        let outcome = again(patience, FULL, || outcomes.next().unwrap());
+        assert_eq!(outcome, Ok(7));
         let begin = Instant::now();
-        let outcome = removals.with_room(|| Err(Errno::NOSPC));
-        assert_eq!(outcome, Err(Errno::NOSPC));
+        assert_eq!(again(PATIENCE, FULL, || FULL), FULL);
         assert!(begin.elapsed() >= PATIENCE);
     }
 }

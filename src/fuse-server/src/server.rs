@@ -125,9 +125,10 @@ impl Server {
         };
         let opcode = Opcode::from_number(header.opcode);
         let outcome = match opcode {
-            Some(opcode) => self
-                .removals
-                .with_room(|| self.serve(opcode, header, worker, request, reply)),
+            Some(opcode) => self.removals.with_room(
+                || opcode.takes_room(),
+                || self.serve(opcode, header, worker, request, reply),
+            ),
             None => Err(Errno::NOSYS),
         };
         if matches!(

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Open files: their data and space.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fstatfs,
-    fsync, seek,
+    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fcntl_getfl, fdatasync,
+    fstatfs, fsync, seek,
 };
 use rustix::io::{Errno, ReadWriteFlags, dup};
 
@@ -150,8 +150,12 @@ impl Server {
         let flags = write_flags(&request);
         let data = InHeader::SIZE.saturating_add(WriteIn::SIZE);
         let request_buffer = call.request;
-        let write =
-            || request_buffer.write_file(data, length, handle.as_fd(), request.offset, flags);
+        let write = || {
+            self.removals.with_room(
+                || tells_at_once(handle.as_fd(), flags),
+                || request_buffer.write_file(data, length, handle.as_fd(), request.offset, flags),
+            )
+        };
         let written = if request.write_flags & WRITE_KILL_SUIDGID != 0 {
             call.credentials.without_fsetid(write)?
         } else {
@@ -273,7 +277,7 @@ fn write_flags(request: &WriteIn) -> ReadWriteFlags {
 
 /// Whether closing a written file has nothing to say, because its file system keeps no errors back
 /// until then. Of others, NFS for one, it isn't known.
-fn closes_silently(file: &OwnedFd) -> bool {
+fn closes_silently(file: impl AsFd) -> bool {
     let Ok(host) = fstatfs(file) else {
         return false;
     };
@@ -286,6 +290,13 @@ fn closes_silently(file: &OwnedFd) -> bool {
             | libc::TMPFS_MAGIC
             | libc::XFS_SUPER_MAGIC
     )
+}
+
+/// Whether the error of a write is about what it was to write, and not about what was written before.
+fn tells_at_once(file: BorrowedFd<'_>, flags: ReadWriteFlags) -> bool {
+    let waits = flags.intersects(ReadWriteFlags::SYNC | ReadWriteFlags::DSYNC)
+        || fcntl_getfl(file).is_ok_and(|flags| flags.intersects(OFlags::SYNC | OFlags::DSYNC));
+    !waits && closes_silently(file)
 }
 
 /// Refuses ranges that no file has; to some calls an offset of all ones means something else.

@@ -54,7 +54,10 @@ impl Server {
         } else {
             rename()?;
         }
-        self.removals.note();
+        if !flags.intersects(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE) {
+            // It may have replaced a file.
+            self.removals.note();
+        }
         Ok(0)
     }
 

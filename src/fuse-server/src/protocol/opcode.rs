@@ -93,4 +93,20 @@ impl Opcode {
                 | Self::Tmpfile
         )
     }
+
+    /// Whether the operation takes room, at once, and does nothing at all if there is none.
+    #[must_use]
+    pub fn takes_room(self) -> bool {
+        matches!(
+            self,
+            Self::Symlink
+                | Self::Mknod
+                | Self::Mkdir
+                | Self::Link
+                | Self::Setxattr
+                | Self::Create
+                | Self::Fallocate
+                | Self::Tmpfile
+        )
+    }
 }
