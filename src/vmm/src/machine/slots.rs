@@ -117,11 +117,13 @@ impl Slots {
     pub(super) fn reset(&self) {
         let plugged = self.lock();
         thread::scope(|scope| {
-            for plugged in &*plugged {
+            let alone = plugged.iter().filter(|plugged| {
                 let reset = || plugged.function.reset();
-                if thread::Builder::new().spawn_scoped(scope, reset).is_err() {
-                    reset();
-                }
+                thread::Builder::new().spawn_scoped(scope, reset).is_err()
+            });
+            // After the others are on their way.
+            for plugged in alone.collect::<Vec<_>>() {
+                plugged.function.reset();
             }
         });
     }

@@ -20,6 +20,10 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// Threads on the request queue, and how many there may be when the host hangs.
 const REQUEST_THREADS: RangeInclusive<usize> = 4..=64;
 
+/// The same on the high-priority queue. To forget a removed file may wait for the host, too; in which
+/// order files are forgotten does not matter.
+const FORGET_THREADS: RangeInclusive<usize> = 1..=8;
+
 /// Length of the mount tag, padded with zeroes (section 5.11.4).
 const TAG_LEN: usize = 36;
 
@@ -27,8 +31,8 @@ const TAG_LEN: usize = 36;
 /// less what it keeps.
 const MAX_FILES: u64 = (1 << 20) - RESERVED_FILES;
 
-/// Descriptors that the process keeps for everything else.
-const RESERVED_FILES: u64 = 256;
+/// Descriptors that the process keeps for everything else; a thread that is added takes two.
+const RESERVED_FILES: u64 = 512;
 
 /// What a virtio-fs device shares and how.
 #[derive(Debug)]
@@ -102,7 +106,7 @@ impl Fs {
                 .map_err(ActivateError::Worker)
         };
         Ok(vec![
-            start(1..=1, high_priority)?,
+            start(FORGET_THREADS, high_priority)?,
             start(REQUEST_THREADS, requests)?,
         ])
     }

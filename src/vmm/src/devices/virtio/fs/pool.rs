@@ -45,7 +45,7 @@ struct Ring {
     idle: usize,
     /// Requests that were served so far. Wraps.
     served: u64,
-    /// Whether the watch sleeps until no thread is idle.
+    /// Whether the watch sleeps. It is woken when no thread is idle any more.
     watch_sleeps: bool,
     /// Whether the watch is to end.
     over: bool,
@@ -110,8 +110,7 @@ impl Pool {
 impl Drop for Pool {
     /// Each thread ends with the request that it is on.
     fn drop(&mut self) {
-        self.shared.lock().over = true;
-        self.shared.none_idle.notify_one();
+        self.shared.end_watch();
         if let Some(watch) = self.watch.take() {
             match watch.join() {
                 Ok(added) => self.workers.extend(added),
@@ -146,7 +145,12 @@ impl EventHandler for Handler {
             ring.watch_sleeps = false;
             shared.none_idle.notify_one();
         }
-        self.serve(&shared, &memory, ring)
+        let outcome = self.serve(&shared, &memory, ring);
+        if outcome.is_err() {
+            // The device is broken until its reset: more threads would only find the same.
+            shared.end_watch();
+        }
+        outcome
     }
 }
 
@@ -203,11 +207,12 @@ impl Shared {
         let mut added = Vec::new();
         let mut ring = self.lock();
         while !ring.over && added.len() < more {
-            ring.watch_sleeps = true;
-            let sleeps = |ring: &mut Ring| ring.idle > 0 && !ring.over;
+            // Woken it looks around for a while, whether a thread is idle again or not: what wakes it
+            // may happen at each request.
+            ring.watch_sleeps = ring.idle > 0;
+            let sleeps = |ring: &mut Ring| ring.watch_sleeps && !ring.over;
             let woken = self.none_idle.wait_while(ring, sleeps);
             ring = woken.unwrap_or_else(PoisonError::into_inner);
-            ring.watch_sleeps = false;
 
             let before = ring.served;
             let waited = self
@@ -217,23 +222,30 @@ impl Shared {
             if ring.over || ring.idle > 0 || ring.served != before {
                 continue;
             }
+            // Before the thread is there: a kick that nobody took yet would be its first.
+            ring.idle = ring.idle.saturating_add(1);
             drop(ring);
             let outcome = self.add_worker();
             ring = self.lock();
             match outcome {
                 Ok(worker) => added.push(worker),
                 Err(error) => {
+                    ring.idle = ring.idle.saturating_sub(1);
                     tracing::warn!(%error, device = self.name, "no more threads for a file system that hangs");
                     break;
                 }
             }
-            ring.idle = ring.idle.saturating_add(1);
             // Nobody has looked at the queue since the last thread went to its request.
             if let Err(error) = self.kick.write(1) {
                 tracing::error!(%error, device = self.name, "can't wake a thread");
             }
         }
         added
+    }
+
+    fn end_watch(&self) {
+        self.lock().over = true;
+        self.none_idle.notify_one();
     }
 
     fn lock(&self) -> MutexGuard<'_, Ring> {
