@@ -4,6 +4,7 @@
 //! Every call has a deadline but those that wait by their nature: a process's end, its streams,
 //! and the next out-of-memory kill.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use protocols::agent::agent::{
@@ -18,9 +19,12 @@ use protocols::agent::agent::{
 use protocols::agent::agent_ttrpc::AgentServiceClient;
 use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::oci::LinuxResources;
+use rustix::io::dup;
+use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
+use tracing::warn;
 use ttrpc::Code;
 use ttrpc::context::Context as CallContext;
 
@@ -63,6 +67,15 @@ impl std::fmt::Debug for Agent {
     }
 }
 
+/// Breaks the connection to the agent with the machine's end. It is broken by then, unless the monitor
+/// is held by the kernel of the host and its files with it.
+async fn break_at(mut end: watch::Receiver<Option<Ended>>, line: OwnedFd) {
+    if end.wait_for(Option::is_some).await.is_ok() {
+        // The only failure is that it is broken.
+        let _ = shutdown(&line, Shutdown::Both);
+    }
+}
+
 impl Agent {
     /// Speaks over a connected stream to the agent of a machine, whose end `machine` tells; must be
     /// called in the runtime.
@@ -71,6 +84,10 @@ impl Agent {
         deadline: Duration,
         machine: watch::Receiver<Option<Ended>>,
     ) -> Self {
+        match dup(&stream) {
+            Ok(line) => drop(tokio::spawn(break_at(machine.clone(), line))),
+            Err(error) => warn!(%error, "a call may outlive the machine"),
+        }
         let client = ttrpc::r#async::Client::new(stream.into());
         Self {
             client: AgentServiceClient::new(client),

@@ -152,7 +152,8 @@ fn the_guest_s_kernel_while_a_volume_hangs() -> Outcome {
         let folder = tempfile::tempdir_in("/run")?;
         let slow = SlowFs::mount(&folder.path().join("volume"))?;
         let script = format!(
-            "echo 2 > /proc/sys/vm/panic_on_oom; for n in $(seq {HANG}); do ls /volume/slow$n & done; \
+            "echo 2 > /proc/sys/vm/panic_on_oom; for n in $(seq 50); do ls / & done > /dev/null; wait; \
+             for n in $(seq {HANG}); do ls /volume/slow$n & done; \
              until test -e /now; do sleep 0.1; done; echo served; \
              until test -e /end; do sleep 0.1; done; exec tail /dev/zero"
         );

@@ -218,8 +218,7 @@ pub(super) fn make(entry: &MountPlan, covered: Option<Mode>) -> Result<OwnedFd> 
 
 /// Whether the container's files and mount points are made in the new file system.
 fn is_filled(entry: &MountPlan) -> bool {
-    let dev = Path::new("/dev");
-    !entry.options.bind && (entry.kind == "tmpfs" || entry.destination == dev)
+    !entry.options.bind && matches!(entry.kind.as_str(), "tmpfs" | "devtmpfs")
 }
 
 /// The mode of the folder that a tmpfs covers, which it takes over as with other runtimes.

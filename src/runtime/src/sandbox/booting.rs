@@ -219,7 +219,7 @@ impl Booting {
         let network = self.network.as_ref();
         let vsock = paths::vsock(&self.name);
         let door = self.config.stream_port();
-        let door = door.map(|port| StreamDoor::new(&vsock, port));
+        let door = door.map(|port| StreamDoor::new(&vsock, port, self.vm.end()));
         let forwarder = network.and_then(|it| Forwarder::new(it, vsock));
         match self.connect().await {
             Ok(agent) => {

@@ -2,6 +2,7 @@
 //! Streams of processes that the monitor moves by itself (Kata's passfd): the runtime hands it a
 //! pipe's end, and no byte crosses the runtime or a call to the agent.
 
+use std::future::pending;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,9 +13,11 @@ use rustix::cmsg_space;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::dial::{DIAL_TIMEOUT, read_line};
+use super::ended::Ended;
 use crate::error::{Context, Kind, Result};
 
 /// Where a guest's agent takes streams.
@@ -22,6 +25,8 @@ use crate::error::{Context, Kind, Result};
 pub(crate) struct StreamDoor {
     vsock: Arc<Path>,
     port: u32,
+    /// The machine's end.
+    machine: watch::Receiver<Option<Ended>>,
 }
 
 /// A stream between the guest and what was passed, for as long as this lives.
@@ -30,13 +35,16 @@ pub(crate) struct Passed {
     control: UnixStream,
     /// The name under which the agent knows it.
     pub(crate) port: u32,
+    /// The machine's end.
+    machine: watch::Receiver<Option<Ended>>,
 }
 
 impl StreamDoor {
-    pub(super) fn new(vsock: &Path, port: u32) -> Self {
+    pub(super) fn new(vsock: &Path, port: u32, machine: watch::Receiver<Option<Ended>>) -> Self {
         Self {
             vsock: vsock.into(),
             port,
+            machine,
         }
     }
 
@@ -76,22 +84,43 @@ impl StreamDoor {
         let line = read_line(&mut control).await?;
         let port = line.strip_prefix("OK ").and_then(|port| port.parse().ok());
         match port {
-            Some(port) if sent == text.len() => Ok(Passed { control, port }),
+            Some(port) if sent == text.len() => Ok(Passed {
+                control,
+                port,
+                machine: self.machine.clone(),
+            }),
             _ => Err(io::Error::other(format!("passfd was answered by {line:?}"))),
         }
     }
 }
 
 impl Passed {
-    /// Waits for the stream's end: the guest has closed it, and all that it said is in the pipe.
+    /// Waits for the stream's end: the guest has closed it, and all that it said is in the pipe. At the
+    /// latest it ends with the machine.
     pub(crate) async fn ended(&mut self) {
-        // Nothing is said there any more; an error is an end as well.
-        while matches!(self.control.read(&mut [0; 16]).await, Ok(1..)) {}
+        let closed = async {
+            // Nothing is said there any more; an error is an end as well.
+            while matches!(self.control.read(&mut [0; 16]).await, Ok(1..)) {}
+        };
+        let over = async {
+            if self.machine.wait_for(Option::is_some).await.is_err() {
+                pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = closed => {}
+            () = over => {}
+        }
     }
 
     #[cfg(test)]
     pub(crate) fn for_test(control: UnixStream) -> Self {
-        Self { control, port: 1 }
+        let (_, machine) = watch::channel(None);
+        Self {
+            control,
+            port: 1,
+            machine,
+        }
     }
 }
 
@@ -136,7 +165,8 @@ mod tests {
             drop(stream);
             drop(take(&listener, "NO\n"));
         });
-        let door = StreamDoor::new(&path, 1027);
+        let (_sender, machine) = watch::channel(None);
+        let door = StreamDoor::new(&path, 1027, machine);
         let (mut reader, writer) = io::pipe().unwrap();
         let mut passed = door.pass(&writer).await.unwrap();
         assert_eq!(passed.port, 77);

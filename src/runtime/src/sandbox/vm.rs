@@ -42,6 +42,9 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else {
 /// vCPU or at a file system that hangs, may never go.
 const KILL_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
 
+/// How long a process that was killed after its guest's end may keep that end from being told.
+const LAST_WAIT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
+
 /// How long a guest may take for a new size. One that can give no more yet takes for ever.
 const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -85,7 +88,7 @@ pub(crate) struct Vm {
     /// at a time.
     turn: tokio::sync::Mutex<()>,
     ready: watch::Receiver<bool>,
-    ended: watch::Receiver<Option<Ended>>,
+    ended: Arc<watch::Sender<Option<Ended>>>,
     /// Whether the process is gone, too.
     gone: watch::Receiver<bool>,
     /// What the guest has now, once it has anything but what it booted with.
@@ -124,7 +127,7 @@ impl Vm {
         };
         let process = Arc::new(spawned.internal(context)?);
         let (ready_sender, ready) = watch::channel(false);
-        let (ended_sender, ended) = watch::channel(None);
+        let ended = Arc::new(watch::Sender::new(None));
         let (gone_sender, gone) = watch::channel(false);
         let (size_sender, size) = watch::channel(None);
         let vm = Self {
@@ -140,7 +143,7 @@ impl Vm {
             process: Arc::clone(&vm.process),
             pending: Arc::clone(&vm.pending),
             ready: ready_sender,
-            ended: ended_sender,
+            ended: Arc::clone(&vm.ended),
             gone: gone_sender,
             size: size_sender,
         };
@@ -246,6 +249,11 @@ impl Vm {
         let (answer, waiting) = oneshot::channel();
         // Sent under the lock: the answers come in the order of the requests.
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        // A process that can't be killed would take it, and nobody hears it any more.
+        if self.has_ended() {
+            let ended = "the virtual machine has ended";
+            return Err(ShimError::new(Kind::Unavailable, ended));
+        }
         self.process
             .send(request, files)
             .context(Kind::Unavailable, || {
@@ -297,12 +305,12 @@ impl Vm {
 
     /// Where the machine's end is told.
     pub(crate) fn end(&self) -> watch::Receiver<Option<Ended>> {
-        self.ended.clone()
+        self.ended.subscribe()
     }
 
     /// Waits for the machine's end.
     pub(crate) async fn ended(&self) -> Ended {
-        let mut ended = self.ended.clone();
+        let mut ended = self.end();
         let result = ended
             .wait_for(Option::is_some)
             .await
@@ -330,24 +338,30 @@ impl Vm {
 
     /// Stops the machine and waits until its process is gone.
     pub(crate) async fn stop(&self) -> Result<Ended> {
-        if !self.has_ended()
-            && let Err(error) = self.request(&Request::Stop, &[])
-        {
+        let was_over = self.has_ended();
+        if !was_over && let Err(error) = self.request(&Request::Stop, &[]) {
             debug!(error = error.chain(), "stop");
         }
         if let Ok(ended) = timeout(STOP_TIMEOUT, self.gone()).await {
             return Ok(ended);
         }
         let pid = self.pid();
-        error!(pid, "the virtual machine monitor does not stop: killed");
-        self.process.kill();
-        timeout(KILL_TIMEOUT, self.gone())
-            .await
-            .context(Kind::DeadlineExceeded, || {
-                format!(
-                    "the virtual machine monitor, process {pid}, does not end when it is killed"
-                )
-            })
+        // What was over has been killed before, if it did not go by itself.
+        if !was_over {
+            error!(pid, "the virtual machine monitor does not stop: killed");
+            self.process.kill();
+            if let Ok(ended) = timeout(KILL_TIMEOUT, self.gone()).await {
+                return Ok(ended);
+            }
+        }
+        let reason =
+            format!("the virtual machine monitor, process {pid}, does not end when it is killed");
+        // It runs no guest any more.
+        tell_end(&self.ended, || Ended {
+            reason: reason.clone(),
+            console: String::new(),
+        });
+        Err(ShimError::new(Kind::DeadlineExceeded, reason))
     }
 }
 
@@ -379,12 +393,23 @@ impl<'a> Files<'a> {
     }
 }
 
+/// Tells a machine's end, unless it was told.
+fn tell_end(to: &watch::Sender<Option<Ended>>, ended: impl FnOnce() -> Ended) {
+    to.send_if_modified(|told| {
+        let first = told.is_none();
+        if first {
+            *told = Some(ended());
+        }
+        first
+    });
+}
+
 /// The thread that hears the monitor, to its end.
 struct Listener {
     process: Arc<VmmProcess>,
     pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
     ready: watch::Sender<bool>,
-    ended: watch::Sender<Option<Ended>>,
+    ended: Arc<watch::Sender<Option<Ended>>>,
     gone: watch::Sender<bool>,
     size: watch::Sender<Option<Size>>,
 }
@@ -444,7 +469,7 @@ impl Listener {
             }
         };
         info!(reason = ended.reason, "the virtual machine ended");
-        self.ended.send_replace(Some(ended));
+        tell_end(&self.ended, || ended);
         // Nobody answers any more.
         self.pending
             .lock()
@@ -463,7 +488,7 @@ impl Listener {
         let pid = self.process.pid();
         error!(pid, "the virtual machine monitor does not end: killed");
         self.process.kill();
-        if self.process.wait_for(KILL_TIMEOUT).is_none() {
+        if self.process.wait_for(LAST_WAIT).is_none() {
             error!(
                 pid,
                 "the virtual machine monitor does not end when it is killed"
@@ -527,6 +552,8 @@ mod tests {
         assert_eq!(error.kind(), Kind::DeadlineExceeded);
         let pid = format!("process {}, does not end", vm.pid());
         assert!(error.chain().contains(&pid), "{}", error.chain());
+        // Its guest does, and that is told.
+        assert!(vm.has_ended());
         // The machine is told to stop at least: it is killed, and doesn't run any more.
         assert!(!vm.process.wait().success());
     }

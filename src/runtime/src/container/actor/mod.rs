@@ -335,6 +335,10 @@ async fn await_end(sandbox: &Sandbox) {
             sandbox = sandbox.id(),
             "the agent is gone and its machine is not: stopped"
         );
-        sandbox.kill().await;
+        // The end may be told before the machine's process is gone.
+        tokio::select! {
+            () = sandbox.kill() => {}
+            _ = sandbox.ended() => {}
+        }
     }
 }
