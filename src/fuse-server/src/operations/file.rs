@@ -4,8 +4,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fcntl_getfl, fdatasync,
-    fstatfs, fsync, seek,
+    FallocateFlags, FileType, OFlags, SeekFrom, StatVfsMountFlags, copy_file_range, fallocate,
+    fcntl_getfl, fdatasync, fstatfs, fstatvfs, fsync, seek,
 };
 use rustix::io::{Errno, ReadWriteFlags, dup};
 
@@ -295,7 +295,8 @@ fn closes_silently(file: impl AsFd) -> bool {
 /// Whether the error of a write is about what it was to write, and not about what was written before.
 fn tells_at_once(file: BorrowedFd<'_>, flags: ReadWriteFlags) -> bool {
     let waits = flags.intersects(ReadWriteFlags::SYNC | ReadWriteFlags::DSYNC)
-        || fcntl_getfl(file).is_ok_and(|flags| flags.intersects(OFlags::SYNC | OFlags::DSYNC));
+        || fcntl_getfl(file).is_ok_and(|flags| flags.intersects(OFlags::SYNC | OFlags::DSYNC))
+        || fstatvfs(file).is_ok_and(|host| host.f_flag.contains(StatVfsMountFlags::SYNCHRONOUS));
     !waits && closes_silently(file)
 }
 

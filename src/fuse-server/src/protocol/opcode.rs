@@ -105,7 +105,6 @@ impl Opcode {
                 | Self::Link
                 | Self::Setxattr
                 | Self::Create
-                | Self::Fallocate
                 | Self::Tmpfile
         )
     }
