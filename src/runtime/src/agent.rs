@@ -19,7 +19,7 @@ use protocols::agent::agent::{
 use protocols::agent::agent_ttrpc::AgentServiceClient;
 use protocols::agent::csi::VolumeStatsResponse;
 use protocols::agent::oci::LinuxResources;
-use rustix::io::dup;
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -84,7 +84,7 @@ impl Agent {
         deadline: Duration,
         machine: watch::Receiver<Option<Ended>>,
     ) -> Self {
-        match dup(&stream) {
+        match fcntl_dupfd_cloexec(&stream, 0) {
             Ok(line) => drop(tokio::spawn(break_at(machine.clone(), line))),
             Err(error) => warn!(%error, "a call may outlive the machine"),
         }

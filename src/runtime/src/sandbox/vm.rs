@@ -45,6 +45,8 @@ const KILL_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else {
 /// How long a process that was killed after its guest's end may keep that end from being told.
 const LAST_WAIT: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
 
+const DOES_NOT_END: &str = "the virtual machine monitor does not end";
+
 /// How long a guest may take for a new size. One that can give no more yet takes for ever.
 const RESIZE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -78,12 +80,15 @@ pub(crate) struct Machine {
 /// What the monitor says to a request; a device that was plugged has a slot.
 type Answer = Result<Option<u8>, String>;
 
+/// Who waits for an answer.
+type Pending = Mutex<VecDeque<oneshot::Sender<Answer>>>;
+
 /// A machine that was asked to boot.
 #[derive(Debug)]
 pub(crate) struct Vm {
     process: Arc<VmmProcess>,
     /// Who waits for an answer, in the order of the requests.
-    pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
+    pending: Arc<Pending>,
     /// Held from a request that the guest takes part in to its answer: the guest is asked one thing
     /// at a time.
     turn: tokio::sync::Mutex<()>,
@@ -342,17 +347,17 @@ impl Vm {
         if !was_over && let Err(error) = self.request(&Request::Stop, &[]) {
             debug!(error = error.chain(), "stop");
         }
-        if let Ok(ended) = timeout(STOP_TIMEOUT, self.gone()).await {
-            return Ok(ended);
-        }
         let pid = self.pid();
         // What was over has been killed before, if it did not go by itself.
         if !was_over {
-            error!(pid, "the virtual machine monitor does not stop: killed");
-            self.process.kill();
-            if let Ok(ended) = timeout(KILL_TIMEOUT, self.gone()).await {
+            if let Ok(ended) = timeout(STOP_TIMEOUT, self.gone()).await {
                 return Ok(ended);
             }
+            error!(pid, "the virtual machine monitor does not stop: killed");
+            self.process.kill();
+        }
+        if let Ok(ended) = timeout(KILL_TIMEOUT, self.gone()).await {
+            return Ok(ended);
         }
         let reason =
             format!("the virtual machine monitor, process {pid}, does not end when it is killed");
@@ -361,6 +366,7 @@ impl Vm {
             reason: reason.clone(),
             console: String::new(),
         });
+        forget(&self.pending);
         Err(ShimError::new(Kind::DeadlineExceeded, reason))
     }
 }
@@ -404,10 +410,18 @@ fn tell_end(to: &watch::Sender<Option<Ended>>, ended: impl FnOnce() -> Ended) {
     });
 }
 
+/// Answers nobody any more.
+fn forget(pending: &Pending) {
+    pending
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clear();
+}
+
 /// The thread that hears the monitor, to its end.
 struct Listener {
     process: Arc<VmmProcess>,
-    pending: Arc<Mutex<VecDeque<oneshot::Sender<Answer>>>>,
+    pending: Arc<Pending>,
     ready: watch::Sender<bool>,
     ended: Arc<watch::Sender<Option<Ended>>>,
     gone: watch::Sender<bool>,
@@ -461,20 +475,18 @@ impl Listener {
                 ended
             }
             None => {
-                let status = self.process.wait();
+                // It has closed the channel, or was killed.
+                let status = self.process.wait_for(KILL_TIMEOUT);
+                let reason = failure.or_else(|| status.map(died));
                 Ended {
-                    reason: failure.unwrap_or_else(|| died(status)),
+                    reason: reason.unwrap_or_else(|| DOES_NOT_END.to_owned()),
                     console: String::new(),
                 }
             }
         };
         info!(reason = ended.reason, "the virtual machine ended");
         tell_end(&self.ended, || ended);
-        // Nobody answers any more.
-        self.pending
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        forget(&self.pending);
         let _ = self.process.wait();
         self.gone.send_replace(true);
     }
@@ -489,10 +501,7 @@ impl Listener {
         error!(pid, "the virtual machine monitor does not end: killed");
         self.process.kill();
         if self.process.wait_for(LAST_WAIT).is_none() {
-            error!(
-                pid,
-                "the virtual machine monitor does not end when it is killed"
-            );
+            error!(pid, "{DOES_NOT_END}");
         }
     }
 
